@@ -1,0 +1,5 @@
+"""The one exception for a user's mistake: the command line prints its text and exits with status 2."""
+
+
+class UserError(Exception):
+    """What was found, where, and what to write instead, in one line. Never shown with a traceback."""

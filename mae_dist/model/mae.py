@@ -1,0 +1,255 @@
+"""The Masked Autoencoder (He et al., CVPR 2022), batched and gather-based.
+
+Only the visible patches are projected and encoded. The decoder sees [class, visible, masked] tokens in that order, each
+with the position gathered by its own id: attention does not care about order, so nothing is ever shuffled back. What the
+loss does not need is not computed: the last decoder block asks its queries, and runs its MLP, for masked tokens only.
+"""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from mae_dist.errors import UserError
+from mae_dist.model.masking import num_kept, split
+from mae_dist.model.patches import patchify, unpatchify
+from mae_dist.model.positions import sincos_2d
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """What the network is. The defaults are a ViT-B/16 with a 384-wide, 6-block decoder."""
+
+    enc_name: str = "vit_base_patch16_224"
+    """Any plain Vision Transformer of timm, by its timm name."""
+    img_size: int | tuple[int, int] = 224
+    """Pixels a side, or (height, width)."""
+    patch_size: int = 16
+    """Pixels a side of one patch; replaces the one in `enc_name`."""
+    in_chans: int = 3
+    mask_ratio: float = 0.75
+    """Share of patches hidden from the encoder, in (0, 1)."""
+    dec_dim: int = 384
+    dec_depth: int = 6
+    dec_heads: int = 12
+    norm_pix_loss: bool = False
+    """Predict each patch's pixels normalised by that patch's own mean and variance (paper section 4.1)."""
+    enc_dim: int | None = None
+    """Width, depth and heads of the encoder where they are not those of `enc_name`."""
+    enc_depth: int | None = None
+    enc_heads: int | None = None
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    @property
+    def num_patches(self) -> int:
+        height, width = self.height_width
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def check(self) -> None:
+        """Raise UserError for what no model can be built from."""
+        height, width = self.height_width
+        p, keep = self.patch_size, num_kept(self.num_patches, self.mask_ratio)
+        if height % p or width % p:
+            near = f"{round(height / p) * p or p}x{round(width / p) * p or p}"
+            raise UserError(
+                f"model.img_size: {height}x{width} does not divide into patches of {p}x{p}; the nearest size is {near}"
+            )
+        if not 0 < keep < self.num_patches:
+            raise UserError(
+                f"model.mask_ratio: {self.mask_ratio} keeps {keep} of {self.num_patches} patches; "
+                "write a value that keeps at least one and hides at least one, such as 0.75"
+            )
+        if self.dec_dim % self.dec_heads:
+            raise UserError(f"model.dec_heads: {self.dec_heads} heads do not divide dec_dim {self.dec_dim}")
+
+
+class MAEOutput(NamedTuple):
+    loss: Tensor
+    """() float32: mean squared error over the masked patches."""
+    pred: Tensor
+    """(B, Nm, p*p*C): predictions for `ids_mask`, in that order; normalised units with `norm_pix_loss`."""
+    ids_keep: Tensor
+    """(B, Nk) int64: places of the visible patches."""
+    ids_mask: Tensor
+    """(B, Nm) int64: places of the masked patches."""
+
+
+def build_encoder(config: MAEConfig) -> VisionTransformer:
+    """The timm ViT named by the config, without head, its positions replaced by the fixed table.
+
+    Raises UserError when timm does not know the name or it is not a plain ViT.
+    """
+    changes = {"embed_dim": config.enc_dim, "depth": config.enc_depth, "num_heads": config.enc_heads}
+    name = config.enc_name
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models("vit_*"), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('vit_*')"
+        raise UserError(f"model.enc_name: timm has no model {name!r}; {hint}")
+    try:
+        vit = timm.create_model(
+            name,
+            num_classes=0,
+            global_pool="token",
+            img_size=config.height_width,
+            patch_size=config.patch_size,
+            in_chans=config.in_chans,
+            weight_init="skip",
+            **{key: value for key, value in changes.items() if value is not None},
+        )
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"model.enc_name: {name} cannot be built with these settings: {error}") from error
+    plain = (
+        type(vit) is VisionTransformer
+        and type(vit.patch_embed) is PatchEmbed
+        and vit.cls_token is not None
+        and vit.num_prefix_tokens == 1
+        and vit.pos_embed is not None
+        and not vit.no_embed_class
+    )
+    if not plain:
+        raise UserError(
+            f"model.enc_name: {name} is not a plain ViT (one class token, one patch projection, added positions); "
+            "use one such as vit_base_patch16_224"
+        )
+    return vit
+
+
+def take(sequence: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `sequence` (B, N, D) at `ids` (B, K): (B, K, D)."""
+    return sequence.gather(1, ids.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
+
+
+class MAE(nn.Module):
+    """Encoder, `enc_to_dec`, decoder. Weights are drawn from torch's global generator, as the paper's code does.
+
+    Raises UserError when the config names no possible model.
+    """
+
+    dec_pos: Tensor
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.encoder = build_encoder(config)
+        dim, p, c = self.encoder.embed_dim, config.patch_size, config.in_chans
+        self.enc_to_dec = nn.Linear(dim, config.dec_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dec_dim))
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.dec_blocks = nn.ModuleList(
+            Block(config.dec_dim, config.dec_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
+            for _ in range(config.dec_depth)
+        )
+        self.dec_norm = norm_layer(config.dec_dim)
+        self.head = nn.Linear(config.dec_dim, p * p * c)
+        rows, columns = (side // p for side in config.height_width)
+        self.register_buffer("dec_pos", sincos_2d(config.dec_dim, rows, columns)[None])  # (1, 1+N, dec_dim)
+        self._initialise(sincos_2d(dim, rows, columns)[None])
+
+    def _initialise(self, enc_pos: Tensor) -> None:
+        """The paper's initialisation (appendix A.1: xavier uniform), with the official code's details."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        vit = self.encoder
+        projection = vit.patch_embed.proj.weight  # its bias keeps the convolution's default, as in the official code
+        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+        nn.init.normal_(vit.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        vit.pos_embed = nn.Parameter(enc_pos, requires_grad=False)  # (1, 1+N, D)
+
+    def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Project (B, K, p*p*C) patches, add their (B or 1, K, D) positions, put the class token in front."""
+        vit = self.encoder
+        projection = vit.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in the order of `patchify`
+        tokens = F.linear(patches, weight, projection.bias) + positions
+        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return vit.norm_pre(torch.cat([cls, tokens], dim=1))  # (B, 1+K, D)
+
+    def encode_patches(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode the patches at `ids_keep` (B, Nk), or all: (B, N, p*p*C) to (B, 1+Nk, D)."""
+        positions = self.encoder.pos_embed[:, 1:]
+        if ids_keep is not None:
+            patches, positions = take(patches, ids_keep), positions[0][ids_keep]
+        return self.encoder.norm(self.encoder.blocks(self.embed(patches, positions)))
+
+    def decode(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
+        """Predict the pixels of `ids_mask`: latent (B, 1+Nk, D) to (B, Nm, p*p*C)."""
+        visible = self.enc_to_dec(latent)  # (B, 1+Nk, dec_dim)
+        positions = self.dec_pos[0]
+        places = torch.cat([torch.zeros_like(ids_keep[:, :1]), ids_keep + 1], dim=1)
+        hidden = self.mask_token + positions[ids_mask + 1]  # (B, Nm, dec_dim)
+        x = torch.cat([visible + positions[places], hidden], dim=1)
+        for block in self.dec_blocks[:-1]:
+            x = block(x)
+        x = self._last_block(x, masked=ids_mask.shape[1])
+        return self.head(self.dec_norm(x))
+
+    def _last_block(self, x: Tensor, masked: int) -> Tensor:
+        """The last decoder block for the last `masked` tokens of x (B, T, dec_dim); all T are attended to."""
+        block: Block = self.dec_blocks[-1]  # type: ignore[assignment]
+        attention = block.attn
+        dim, heads = x.shape[-1], attention.num_heads
+        normed = block.norm1(x)
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        query = F.linear(normed[:, -masked:], weight[:dim], bias[:dim])  # (B, Nm, dec_dim)
+        key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)  # (B, T, dec_dim) each
+        query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out = x[:, -masked:] + attention.proj(mixed)
+        return out + block.mlp(block.norm2(out))
+
+    def target(self, patches: Tensor, ids_mask: Tensor) -> Tensor:
+        """What the decoder should say: (B, Nm, p*p*C) float32, normalised per patch with `norm_pix_loss`."""
+        target = take(patches, ids_mask).float()
+        if self.config.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in the paper's code
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return target
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> MAEOutput:
+        """Mask, encode, decode, compare.
+
+        `images`: (B, C, H, W) float, normalised. `noise`: (B, N) float32, small = kept (as in the paper's code); drawn
+        from torch's generator if None. The loss is computed in float32 whatever the autocast type.
+        """
+        patches = patchify(images, self.config.patch_size)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        ids_keep, ids_mask = split(noise, num_kept(patches.shape[1], self.config.mask_ratio))
+        pred = self.decode(self.encode_patches(patches, ids_keep), ids_keep, ids_mask)
+        loss = F.mse_loss(pred.float(), self.target(patches, ids_mask))
+        return MAEOutput(loss, pred, ids_keep, ids_mask)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of whole images, nothing masked: (B, C, H, W) to (B, 1+N, D), the class token first."""
+        return self.encode_patches(patchify(images, self.config.patch_size))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The images with every masked patch replaced by its prediction: (B, C, H, W) float32, units of the input.
+
+        A model trained with `norm_pix_loss` predicts no mean or contrast: those of the true patch are given back to it,
+        so such a picture shows structure, not brightness.
+        """
+        patches = patchify(images, self.config.patch_size)
+        output = self.forward(images, noise)
+        pred = output.pred.float()
+        if self.config.norm_pix_loss:
+            variance, mean = torch.var_mean(take(patches, output.ids_mask).float(), dim=-1, keepdim=True)
+            pred = pred * (variance + 1e-6).sqrt() + mean
+        ids = output.ids_mask.unsqueeze(-1).expand_as(pred)
+        return unpatchify(patches.float().scatter(1, ids, pred), self.config.patch_size, *images.shape[2:])
