@@ -1,8 +1,8 @@
 """The Masked Autoencoder (He et al., CVPR 2022), batched and gather-based.
 
 Only the visible patches are projected and encoded. The decoder sees [class, visible, masked] tokens in that order, each
-with the position gathered by its own id: attention does not care about order, so nothing is ever shuffled back. What the
-loss does not need is not computed: the last decoder block asks its queries, and runs its MLP, for masked tokens only.
+with the position gathered by its own id: attention does not care about order, so nothing is ever shuffled back. What
+the loss does not need is not computed: the last decoder block asks its queries, and runs its MLP, for masked tokens only.
 """
 
 from dataclasses import dataclass
@@ -57,6 +57,12 @@ class MAEConfig:
 
     def check(self) -> None:
         """Raise UserError for what no model can be built from."""
+        for name in ("patch_size", "in_chans", "dec_dim", "dec_depth", "dec_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}: {getattr(self, name)} is not possible; write 1 or more")
+        for name in ("enc_dim", "dec_dim"):
+            if (getattr(self, name) or 0) % 4:
+                raise UserError(f"model.{name}: {getattr(self, name)} is not a multiple of 4, as 2-D positions need")
         height, width = self.height_width
         p, keep = self.patch_size, num_kept(self.num_patches, self.mask_ratio)
         if height % p or width % p:
@@ -107,7 +113,10 @@ def build_encoder(config: MAEConfig) -> VisionTransformer:
             **{key: value for key, value in changes.items() if value is not None},
         )
     except (TypeError, AssertionError) as error:
-        raise UserError(f"model.enc_name: {name} cannot be built with these settings: {error}") from error
+        raise UserError(
+            f"model.enc_name: {name} cannot be built with these settings ({error}); use a plain ViT such as "
+            "vit_base_patch16_224"
+        ) from error
     plain = (
         type(vit) is VisionTransformer
         and type(vit.patch_embed) is PatchEmbed

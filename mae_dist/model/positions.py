@@ -7,8 +7,8 @@ from torch import Tensor
 def sincos_2d(dim: int, rows: int, columns: int, prefix_tokens: int = 1) -> Tensor:
     """Positions of a rows x columns grid after `prefix_tokens` zero rows, (prefix + rows*columns, dim) float32.
 
-    Each place holds [sin(x w), cos(x w), sin(y w), cos(y w)] with w_i = 10000^(-i / (dim/4)): the column (x) half first,
-    as in every released MAE checkpoint. Computed in float64. Raises ValueError unless dim is a multiple of 4.
+    Each place holds [sin(x w), cos(x w), sin(y w), cos(y w)] with w_i = 10000^(-i / (dim/4)): the column (x) half
+    first, as in every released MAE checkpoint. Computed in float64. Raises ValueError unless dim is a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4, not {dim}")

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Pretrain on this node, or on NNODES nodes when the same line is run on each of them.
+#
+#   launch/torchrun.sh --config configs/vit_b16.yaml [--section.key value ...]
+#
+# Everything after the script's name goes to `python -m mae_dist pretrain`. These variables say where it runs:
+#   NPROC        processes on this node    default: one a visible GPU; 1 where there is none
+#   NNODES       nodes in all              default: 1
+#   NODE_RANK    this node, 0..NNODES-1    needed when NNODES > 1
+#   MASTER_ADDR  host name of node 0       needed when NNODES > 1
+#   MASTER_PORT  a free port on node 0     default: 29500
+#   PYTHON       the interpreter           default: python
+# Two nodes:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a launch/torchrun.sh --config configs/vit_b16.yaml   # on node-a
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a launch/torchrun.sh --config configs/vit_b16.yaml   # on the other
+# To stop and keep the work: SIGTERM, SIGINT or SIGUSR1 to this process. The same line again resumes.
+
+set -euo pipefail
+
+fail() {
+  echo "launch/torchrun.sh: error: $1" >&2
+  exit 2
+}
+
+whole() { # whole NAME LOWEST HIGHEST: the variable NAME holds a whole number in that range
+  if ! [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] || (( ${!1} < $2 || ${!1} > $3 )); then
+    fail "$1=${!1} is not a whole number from $2 to $3"
+  fi
+}
+
+visible_gpus() { # nvidia-smi does not know about CUDA_VISIBLE_DEVICES, CUDA does
+  local ids=${CUDA_VISIBLE_DEVICES-unset}
+  if [[ $ids == unset ]]; then
+    { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true
+  elif [[ -z $ids || $ids == -1 ]]; then
+    echo 0
+  else
+    awk -F, '{ print NF }' <<<"$ids"
+  fi
+}
+
+if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
+  sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 # the comment above
+  exit 2
+fi
+
+PYTHON=${PYTHON:-python}
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("mae_dist")))' 2>/dev/null ||
+  fail "'$PYTHON' cannot import torch and mae_dist: activate the environment they are installed in, or write PYTHON=/path/to/venv/bin/python launch/torchrun.sh ..."
+
+gpus=$(visible_gpus)
+NPROC=${NPROC:-$(( gpus > 0 ? gpus : 1 ))}
+NNODES=${NNODES:-1}
+MASTER_PORT=${MASTER_PORT:-29500}
+whole NPROC 1 1024
+whole NNODES 1 100000
+whole MASTER_PORT 1 65535
+
+if (( NNODES == 1 )); then
+  rendezvous=(--standalone) # a free port on this machine
+else
+  # Static: node NODE_RANK has the ranks from NODE_RANK*NPROC on, so rank 0 is on MASTER_ADDR. (c10d ignores both.)
+  example="NNODES=$NNODES NODE_RANK=0 MASTER_ADDR=$(hostname) launch/torchrun.sh $*"
+  [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0; write on node 0: $example"
+  [[ -n ${NODE_RANK:-} ]] || fail "NNODES=$NNODES needs NODE_RANK, 0 on $MASTER_ADDR and 1..$((NNODES - 1)) on the others; write on node 0: $example"
+  whole NODE_RANK 0 $((NNODES - 1))
+  rendezvous=(--node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+fi
+
+# A node's cores, shared out (torchrun would give each process one).
+threads=$(( $(nproc) / NPROC ))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
+# Warnings and errors only: what NVIDIA calls the least a production run should log.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Less GPU memory lost to fragmentation.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# After a stop signal the processes have this long to write a checkpoint (seconds; torch 2.11 and 2.12 always take 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+echo "launch/torchrun.sh: node ${NODE_RANK:-0} of $NNODES${MASTER_ADDR:+ (node 0 is $MASTER_ADDR:$MASTER_PORT)}, processes here: $NPROC, visible GPUs: $gpus" >&2
+# exec: a signal sent to this process reaches torchrun, which passes it on (SIGUSR1 only when asked to).
+exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC" "${rendezvous[@]}" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+  -m mae_dist pretrain "$@"

@@ -1,0 +1,125 @@
+"""The command line: one thin function a command, each importing only what it needs."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mae_dist.errors import UserError
+
+USAGE = """usage: mae-dist COMMAND ...
+
+  shard        a directory of images -> WebDataset shards
+  pretrain     shards -> a pretrained encoder (alone, or on every process that torchrun starts)
+  knn          k-NN accuracy of a run's frozen encoder, beside raw pixels and the untrained encoder
+  reconstruct  a picture of what a run's model makes of masked images
+  sync         copy what MLflow has not got yet of a run's journal
+  demo         all of it, in minutes, on images that come with scikit-learn
+
+mae-dist COMMAND --help says more."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are UserErrors: one line, no usage dump."""
+
+    def error(self, message: str):  # noqa: D102
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def shard(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist shard", description="Turn a directory of images into WebDataset shards.")
+    parser.add_argument("images", type=Path, help="class folders (CLASS/x.jpg), or one flat directory (no labels)")
+    parser.add_argument("out", type=Path, help="new directory for the shards")
+    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images a shard (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (%(default)s)")
+    parser.add_argument(
+        "--max-bad", type=int, default=0, metavar="N", help="unreadable images to leave out (%(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    from mae_dist.shards.write import shard as write
+
+    manifest = write(given.images, given.out, given.shard_size, given.workers, given.seed, given.max_bad)
+    size = sum(s.num_bytes for s in manifest.shards)
+    print(
+        f"{given.out}: {manifest.num_samples} images, {len(manifest.classes)} classes, "
+        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
+    )
+    return 0
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    from mae_dist import config
+    from mae_dist.train.run import pretrain as run
+
+    return run(config.load(arguments))
+
+
+def knn(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist knn", description="k-NN accuracy of a run's frozen encoder.")
+    parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled shards to vote")
+    parser.add_argument("--test", type=Path, required=True, metavar="SHARDS", help="labelled shards to classify")
+    parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
+    given = parser.parse_args(arguments)
+    from mae_dist.evaluate.knn import as_text, compare
+
+    print(as_text(compare(given.run, given.train, given.test, given.k), given.k))
+    return 0
+
+
+def reconstruct(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction.")
+    parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
+    given = parser.parse_args(arguments)
+    from mae_dist.evaluate.reconstruct import reconstruct as draw
+
+    draw(given.run, given.images, given.out, given.seed)
+    print(given.out)
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist demo", description="Shard, pretrain on two processes, evaluate, review; 2 CPU cores do.")
+    parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (%(default)s)")
+    given = parser.parse_args(arguments)
+    from mae_dist.ops.demo import demo as show
+
+    show(given.dir)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "shard": shard,
+    "pretrain": pretrain,
+    "knn": knn,
+    "reconstruct": reconstruct,
+    "demo": demo,
+}
+
+
+def main() -> None:
+    """Exit status 0: done; 2: the user's mistake, said in one line; 128 + n: stopped by signal n; 1: ours."""
+    command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    try:
+        if command in ("-h", "--help", "help"):
+            print(USAGE)
+            return
+        if command not in COMMANDS:
+            raise UserError(f"mae-dist has no command {command!r}; the commands are {', '.join(COMMANDS)}")
+        sys.exit(COMMANDS[command](arguments))
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:  # all ranks find the same mistake: let rank 0 say it (torchrun then ends us), or say it if alone
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,163 @@
+"""The whole configuration: nested frozen dataclasses, filled from YAML files, then the environment, then the command line.
+
+The dataclasses stand beside what they configure; this file puts them together, loads, checks and prints them. Parsing and
+type checks are jsonargparse's; the messages are ours: file, key, what was expected, what was probably meant.
+"""
+
+import dataclasses
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher, get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from mae_dist.data.options import DataConfig
+from mae_dist.engine.base import OptimConfig
+from mae_dist.errors import UserError
+from mae_dist.model import MAEConfig
+from mae_dist.track import TrackConfig
+from mae_dist.train.options import TrainConfig
+
+ENVIRONMENT_PREFIX = "MAE_DIST"  # MAE_DIST_TRAIN__SEED=1
+
+
+@dataclass(frozen=True)
+class Config:
+    model: MAEConfig = field(default_factory=MAEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def check(self) -> None:
+        """Raise UserError for everything that is wrong whatever the machine."""
+        self.model.check()
+        self.data.check(self.model.in_chans)
+        self.optim.check()
+        self.train.check()
+
+    def to_yaml(self) -> str:
+        """Every value, defaults too; loading it gives this config again."""
+        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("data.shards", value) for every leaf of a config."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+KEYS = [key for key, _ in flat(Config())]
+
+
+def parser(prog: str = "mae-dist pretrain") -> ArgumentParser:
+    """The command line of everything that takes a config."""
+    made = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        default_env=True,
+        env_prefix=ENVIRONMENT_PREFIX,
+        description="Any key can be set on the command line (--data.shards DIR) and in the environment "
+        f"({ENVIRONMENT_PREFIX}_DATA__SHARDS=DIR); the command line wins, then --config files, then the environment.",
+    )
+    made.add_argument("--config", action="config", help="YAML file; may be given several times, later files win.")
+    made.add_class_arguments(Config)
+    return made
+
+
+def load(arguments: Sequence[str], prog: str = "mae-dist pretrain") -> Config:
+    """The config of a command line. `--help` and `--print_config` print and exit 0.
+
+    Raises UserError with the file or option, the key, what was expected, and the nearest key for a misspelt one.
+    """
+    for path in config_files(arguments):
+        check_file(Path(path))
+    for option in (argument.split("=")[0] for argument in arguments):
+        if option.startswith("--") and "." in option:
+            check_key(option[2:], "--")
+    made = parser(prog)
+    try:
+        sections = made.instantiate(made.parse_args(list(arguments)))
+        return Config(**{f.name: sections[f.name] for f in dataclasses.fields(Config)})
+    except (ArgumentError, TypeError) as error:
+        raise UserError(readable(str(error), "")) from None
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The values of `--config FILE` and `--config=FILE`."""
+    spread = [
+        word for argument in arguments for word in (argument.split("=", 1) if "--config=" in argument else [argument])
+    ]
+    return [value for option, value in pairwise(spread) if option == "--config"]
+
+
+def check_file(path: Path) -> None:
+    """Parse one file alone, so that a message can name it."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; write --config FILE, such as configs/demo.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; write sections such as\ntrain:\n  seed: 0")
+    for section, values in content.items():
+        keys = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
+        for key in keys:
+            check_key(key, f"{path}: ")
+    try:
+        parser().parse_object(content)
+    except (ArgumentError, TypeError) as error:
+        raise UserError(readable(str(error), f"{path}: ")) from None
+
+
+def check_key(key: str, where: str) -> None:
+    """Raise UserError when no config has this key, with the nearest one."""
+    sections = [f.name for f in dataclasses.fields(Config)]
+    if key in KEYS:
+        return
+    if key in sections:
+        raise UserError(f"{where}{key}: is a section; write its keys indented below it")
+    section, _, name = key.rpartition(".")
+    similar = {
+        k: SequenceMatcher(None, name, k.split(".")[1]).ratio() + 0.1 * (k.split(".")[0] == section) for k in KEYS
+    }
+    best = sorted((k for k in KEYS if similar[k] >= 0.65), key=lambda k: -similar[k])
+    if section not in sections:
+        near = get_close_matches(key, [*sections, *KEYS], n=1)
+    else:  # one clear answer, or a few
+        near = best[:1] if best and similar[best[0]] > 0.9 else best[:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(sections)}"
+    raise UserError(f"{where}{key}: unknown key, {hint}")
+
+
+def readable(message: str, where: str) -> str:
+    """jsonargparse's message in one line of ours."""
+    message = " ".join(message.split())
+    found = re.search(r'Parser key "([\w.]+)":? (.*)', message)
+    if not found:
+        return where + message
+    key, text = found.groups()
+    text = re.sub(r"a <class '(\w+)'>", r"\1", text).replace("typing.", "")
+    return f"{where}{key}: {text[:1].lower()}{text[1:]}"

@@ -1,0 +1,61 @@
+"""What the data is and how it is cut. The defaults are the paper's pretraining augmentation (appendix A.1)."""
+
+from dataclasses import dataclass
+
+from mae_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str | None = None
+    """Directory of training shards, as `mae-dist shard` makes it."""
+    val_shards: int | str | None = None
+    """Held-out shards for the validation loss: a directory, or how many of the training shards to hold out."""
+    fake: bool = False
+    """Train on torchvision's FakeData (random pixels) when there are no images yet."""
+    fake_size: int = 1000
+    """Images in FakeData."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """RandomResizedCrop: range of the crop's share of the area."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """RandomResizedCrop: range of width / height."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    eval_crop: float = 0.875
+    """Side of the centred evaluation crop, as a share of the largest that fits (224 of 256 in the paper's code)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean and standard deviation a channel, of pixels in [0, 1]; one value each serves any number of channels."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    workers: int = 8
+    """Decoding processes a rank; 0 decodes in the training process."""
+    lanes: int = 1
+    """Pieces of an epoch read side by side: 1 for local disks (a full shuffle), 256 for remote shards."""
+    window: int = 0
+    """Samples shuffled together within a lane; 0: all of them."""
+
+    def check(self, in_chans: int) -> None:
+        """Raise UserError for what cannot be trained on."""
+        if not self.shards and not self.fake:
+            raise UserError(
+                "data.shards: not set. Make shards once with: mae-dist shard IMAGES SHARDS, then add "
+                "--data.shards SHARDS (or try the machinery without images: --data.fake true)"
+            )
+        if self.shards and self.fake:
+            raise UserError("data.fake: true, but data.shards is set too; leave one of them out")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, in_chans):
+                raise UserError(
+                    f"data.{name}: {len(values)} values for {in_chans} channels; write {in_chans}, or one for all"
+                )
+        if min(self.std) <= 0:
+            raise UserError(f"data.std: {self.std}: every value must be above 0")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale: {self.crop_scale} is not a range inside (0, 1]")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise UserError(f"data.crop_ratio: {self.crop_ratio} is not a range of positive numbers")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"data.flip: {self.flip} is not a probability in [0, 1]")
+        if not 0 < self.eval_crop <= 1:
+            raise UserError(f"data.eval_crop: {self.eval_crop} is not in (0, 1]")
+        if self.workers < 0 or self.lanes < 1 or self.window < 0 or self.fake_size < 1:
+            raise UserError("data: workers and window must be at least 0, lanes and fake_size at least 1")

@@ -1,0 +1,7 @@
+"""How one step runs over many devices."""
+
+from mae_dist.engine.base import Engine, OptimConfig, StepResult
+from mae_dist.engine.native import NativeEngine
+from mae_dist.engine.world import World
+
+__all__ = ["Engine", "NativeEngine", "OptimConfig", "StepResult", "World"]

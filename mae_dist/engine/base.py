@@ -1,0 +1,90 @@
+"""What the training loop may ask of an engine, whichever it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from mae_dist.errors import UserError
+from mae_dist.model import MAE, MAEOutput
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and a cosine to `min_lr` (paper appendix A.1)."""
+
+    blr: float = 1.5e-4
+    """Base learning rate: the peak is blr * global_batch_size / 256."""
+    lr: float | None = None
+    """Peak learning rate; replaces the one from `blr`."""
+    min_lr: float = 0.0
+    warmup_epochs: float = 40.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    """For weights and tokens; biases and norms (1-D) have none."""
+    clip_grad: float | None = None
+    """Largest gradient norm; the paper clips nothing."""
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        return self.blr * global_batch_size / 256 if self.lr is None else self.lr
+
+    def check(self) -> None:
+        if min(self.blr, self.min_lr, self.warmup_epochs, self.weight_decay) < 0 or (self.lr or 0) < 0:
+            raise UserError("optim: blr, lr, min_lr, warmup_epochs and weight_decay cannot be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas: {self.betas}: both must be in [0, 1), such as [0.9, 0.95]")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise UserError(f"optim.clip_grad: {self.clip_grad}: write a number above 0, or null for no clipping")
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trained parameters in two groups: those of one dimension are not decayed, all others (tokens too) are.
+
+    As timm 0.3.2 grouped them for the paper's code.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class StepResult(NamedTuple):
+    """What one update did; tensors stay on the device, so that asking costs nothing until they are read."""
+
+    loss: Tensor
+    """() float32: mean over this rank's samples of the global batch."""
+    grad_norm: Tensor
+    """() float32: of the averaged gradient, before clipping."""
+    skipped: Tensor
+    """() float32: 1 when the update was left out because a loss or gradient on some rank was not finite, else 0."""
+
+
+class Engine(Protocol):
+    """The verbs of a training step. Clipping, finiteness and accumulation are inside; everything else is outside."""
+
+    model: MAE
+    """The bare model, for evaluation on one rank."""
+
+    def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
+        """One micro-batch: images (B, C, H, W) float32, noise (B, N) float32. Gradients are reduced on the `last`."""
+        ...
+
+    def step(self, lr: float) -> StepResult:
+        """Update with this learning rate, or skip on every rank when any rank's numbers are not finite."""
+        ...
+
+    def evaluate(self, images: Tensor, noise: Tensor) -> MAEOutput:
+        """A forward pass without gradients, in training precision."""
+        ...
+
+    def save(self, directory: Path) -> list[Path]:
+        """Write this rank's part of {weights, optimizer}; returns the files written. Called on every rank."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, at any world size."""
+        ...

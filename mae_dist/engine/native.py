@@ -1,0 +1,123 @@
+"""Plain torch.distributed: one replica a rank, gradients averaged by DDP while the backward pass goes on."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_dist.engine.base import OptimConfig, Precision, StepResult, param_groups
+from mae_dist.engine.world import World
+from mae_dist.errors import UserError
+from mae_dist.model import MAE, MAEOutput
+
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
+FIRST_SCALE, GROW_AFTER = 2.0**16, 2000  # of the fp16 loss: doubled after so many good steps, halved on overflow
+
+
+class NativeEngine:
+    """See `Engine`. bf16 and fp16 run under autocast with float32 weights; fp16 scales the loss.
+
+    Unscaling, clipping and skipping are handed to fused AdamW as one divisor and one flag, both on the device: no pass
+    over the gradients beyond the norm, and no waiting for the device.
+    """
+
+    def __init__(self, model: MAE, world: World, optim: OptimConfig, precision: Precision, accumulate: int = 1):
+        self.model = model.to(world.device)
+        self.world, self.accumulate, self.clip_grad = world, accumulate, optim.clip_grad
+        groups = param_groups(model, optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ddp: nn.Module = self.model
+        if world.size > 1:
+            self.ddp = DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1
+            )
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+        self.autocast = torch.autocast(world.device.type, dtype) if dtype else nullcontext()
+        scaled = precision == "fp16"
+        self.loss_scale = torch.full((), FIRST_SCALE, device=world.device) if scaled else None
+        self.good_steps = torch.zeros((), device=world.device)
+        self.loss = torch.zeros((), device=world.device)
+
+    def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
+        waits = nullcontext() if last or self.ddp is self.model else self.ddp.no_sync()  # type: ignore[operator]
+        with waits:
+            with self.autocast:
+                loss = self.ddp(images, noise).loss / self.accumulate
+            self.loss += loss.detach()
+            (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        scale = 1.0 if self.loss_scale is None else self.loss_scale
+        norm = torch.nn.utils.get_total_norm(gradients) / scale
+        bad = (~(norm.isfinite() & self.loss.isfinite())).float()
+        self.world.max(bad)
+        clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
+        divisor = torch.as_tensor(scale * clip, device=norm.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Fused AdamW divides the gradients by grad_scale, and changes nothing when found_inf is 1.
+        self.optimizer.grad_scale = divisor if torch.is_tensor(scale * clip) else None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._adapt_scale(bad)
+        result = StepResult(self.loss, norm, bad)
+        self.loss = torch.zeros_like(self.loss)
+        return result
+
+    def _adapt_scale(self, bad: Tensor) -> None:
+        if self.loss_scale is None:
+            return
+        self.good_steps = torch.where(bad > 0, 0.0, self.good_steps + 1)
+        grow = self.good_steps >= GROW_AFTER
+        factor = torch.where(bad > 0, 0.5, torch.where(grow, 2.0, 1.0))
+        self.loss_scale = self.loss_scale * factor
+        self.good_steps = torch.where(grow, 0.0, self.good_steps)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, noise: Tensor) -> MAEOutput:
+        with self.autocast:
+            return self.model(images, noise)
+
+    def save(self, directory: Path) -> list[Path]:
+        """Replicas are equal: rank 0 writes for all."""
+        if not self.world.is_main:
+            return []
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
+        save_file(weights, directory / WEIGHTS)
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scale": self.loss_scale,
+            "good_steps": self.good_steps,
+        }
+        torch.save(state, directory / OPTIMIZER)
+        return [directory / WEIGHTS, directory / OPTIMIZER]
+
+    def load(self, directory: Path) -> None:
+        load_weights(self.model, directory)
+        state = torch.load(directory / OPTIMIZER, map_location=self.world.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.good_steps = state["good_steps"]
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale = state["loss_scale"]
+
+
+def load_weights(model: MAE, directory: Path) -> None:
+    """Load a checkpoint's weights. Raises UserError, naming a key, when they are another model's."""
+    weights = load_file(directory / WEIGHTS)
+    own = model.state_dict()
+    for key in own.keys() | weights.keys():
+        ours, theirs = own.get(key), weights.get(key)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            say = ["nothing" if t is None else "x".join(map(str, t.shape)) for t in (theirs, ours)]
+            raise UserError(
+                f"{directory}: a checkpoint of another model: {key} is {say[0]} there and {say[1]} in this config; "
+                "use the config that the run was started with (config.yaml beside checkpoints/)"
+            )
+    model.load_state_dict(weights)

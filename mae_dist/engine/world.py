@@ -1,0 +1,78 @@
+"""The processes of a run and what they say to each other. Started alone, a process is a world of one."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mae_dist.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # for any collective: longer than the slowest evaluation or save, not for ever
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @staticmethod
+    def join(device: str = "auto") -> "World":
+        """Read torchrun's environment, choose this process's device ("auto", "cpu" or "cuda") and meet the others.
+
+        Raises UserError when CUDA is asked for and absent, or a node has fewer GPUs than processes.
+        """
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("train.device: cuda, but torch sees no CUDA device here; write cpu or auto")
+        if device == "cpu" or not torch.cuda.is_available():
+            chosen = torch.device("cpu")
+        elif local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this node has no GPU of its own: torch sees {torch.cuda.device_count()}; "
+                "start as many processes a node as it has GPUs (torchrun --nproc-per-node)"
+            )
+        else:
+            chosen = torch.device("cuda", local_rank)
+            torch.cuda.set_device(chosen)
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
+        return World(rank, size, chosen)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of `values` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank. For small objects, outside the training steps."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,41 @@
+"""A run's checkpoint as a model to look at."""
+
+from pathlib import Path
+
+import torch
+
+from mae_dist import config as configs
+from mae_dist.config import Config
+from mae_dist.engine.native import load_weights
+from mae_dist.errors import UserError
+from mae_dist.model import MAE
+from mae_dist.train.checkpoint import META, committed
+from mae_dist.train.run import CONFIG_FILE
+
+
+def newest_of(path: Path) -> Path:
+    """The checkpoint meant by a run directory (its newest) or a checkpoint directory. Raises UserError for neither."""
+    if (path / META).is_file():
+        return path
+    found = committed(path / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{path}: no checkpoint here; write a run's directory (runs/NAME) or one of its checkpoints/step-*"
+        )
+    return found[-1]
+
+
+def load_config(checkpoint: Path) -> Config:
+    return configs.load(["--config", str(checkpoint.parent.parent / CONFIG_FILE)])
+
+
+def untrained(config: Config) -> MAE:
+    """The model a run starts from: the same seed gives the same weights."""
+    torch.manual_seed(config.train.seed)
+    return MAE(config.model).eval()
+
+
+def trained(checkpoint: Path, config: Config) -> MAE:
+    model = MAE(config.model)
+    load_weights(model, checkpoint)
+    return model.eval()

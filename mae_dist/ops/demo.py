@@ -1,0 +1,102 @@
+"""Everything once, with the real commands, on images that come with scikit-learn.
+
+Its 1,797 handwritten digits are pretrained on and classified; its two photographs give a reconstruction one can look at.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mae_dist.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEST_SHARE = 5  # every fifth digit is held out
+TILE, STRIDE = 128, 32  # pixels: pieces of the photographs, shrunk to 64
+SEEN = 0.75  # the left three quarters of each photograph are trained on
+
+
+def write_digits(directory: Path) -> None:
+    """The digits as 16x16 PNGs in class folders, `train/` and `test/`."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        image = Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+        folder = directory / ("test" if i % TEST_SHARE == 0 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i:04d}.png")
+
+
+def write_photos(directory: Path) -> list[Path]:
+    """Overlapping 64x64 pieces of the photographs, `train/` from the left of each, `test/` from the right.
+
+    Returns the files of `test/`.
+    """
+    from sklearn.datasets import load_sample_images
+
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        height, width = photo.shape[:2]
+        border = int(width * SEEN)
+        for top in range(0, height - TILE + 1, STRIDE):
+            for left in [*range(0, border - TILE + 1, STRIDE), *range(border, width - TILE + 1, STRIDE)]:
+                folder = directory / ("train" if left + TILE <= border else "test")
+                folder.mkdir(parents=True, exist_ok=True)
+                piece = Image.fromarray(photo[top : top + TILE, left : left + TILE])
+                piece.resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{name}_{top:03d}_{left:03d}.png")
+    return sorted((directory / "test").iterdir())
+
+
+def run(command: Sequence[str]) -> None:
+    """Print a command as one would type it, and run it. Raises UserError when it fails."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    program = {"mae-dist": [sys.executable, "-m", "mae_dist"], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    finished = subprocess.run([*program[command[0]], *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if finished.returncode:
+        raise UserError(f"the demo's command ended with status {finished.returncode}: {' '.join(command)}")
+
+
+def demo(directory: Path) -> None:
+    """Shard, pretrain on two processes, k-NN before and after, reconstruct; prints where to look."""
+    if not (CONFIGS / "demo.yaml").is_file():
+        raise UserError("the demo runs from a clone of the repository (it reads configs/demo.yaml)")
+    try:
+        import sklearn.datasets  # noqa: F401
+    except ImportError:
+        raise UserError("the demo's images come with scikit-learn: pip install scikit-learn") from None
+    marker = directory / ".mae_dist_demo"
+    if directory.exists() and any(directory.iterdir()) and not marker.exists():
+        raise UserError(f"{directory}: not empty, and not an earlier demo; write --dir with a new directory")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    marker.touch()
+    images, runs = directory / "images", directory / "runs"
+    write_digits(images / "digits")
+    unseen = write_photos(images / "photos")
+    shards = {
+        name: directory / "shards" / name.replace("/", "-") for name in ("digits/train", "digits/test", "photos/train")
+    }
+    for name, out in shards.items():
+        run(["mae-dist", "shard", str(images / name), str(out), "--shard-size", "250", "--workers", "2"])
+    pretrain = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "mae_dist", "pretrain"]
+    where = ["--train.runs_dir", str(runs)]
+    digits = ["--data.shards", str(shards["digits/train"]), "--data.val_shards", str(shards["digits/test"])]
+    run([*pretrain, "--config", str(CONFIGS / "demo.yaml"), *digits, *where])
+    photos = ["--data.shards", str(shards["photos/train"])]
+    run([*pretrain, "--config", str(CONFIGS / "demo_photos.yaml"), *photos, *where])
+    picture = str(directory / "reconstruction.png")
+    run(["mae-dist", "reconstruct", str(runs / "photos"), *map(str, unseen[2::5][:12]), "--out", picture])
+    train, test = str(shards["digits/train"]), str(shards["digits/test"])
+    run(["mae-dist", "knn", str(runs / "digits"), "--train", train, "--test", test])
+    from mae_dist.track.place import ui_command
+
+    print(
+        "\nRaw pixels do well here because these digits are small and centred; what the demo shows is the encoder before "
+        f"and after pretraining.\n\nReconstructions of parts of the photographs never seen in training: {picture}\n"
+        f"Both runs in MLflow (choose 'Model training' at the top left):\n  {ui_command(runs)}"
+    )

@@ -1,0 +1,17 @@
+"""What people look at: the journal, MLflow, review pictures. Importing this is cheap (no mlflow, no torch)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where a run can be watched. None of it changes what is trained."""
+
+    mlflow: bool = True
+    """Copy the journal to MLflow while the run goes on."""
+    experiment: str = "mae_dist"
+    """Name of the MLflow experiment. Where MLFLOW_EXPERIMENT_NAME is set, that one is used instead."""
+    tracking_uri: str | None = None
+    """None: MLFLOW_TRACKING_URI, else a sqlite file in the runs directory. Where both are set, the environment wins."""
+    close_timeout: float = 30.0
+    """Seconds that the end of a run waits for MLflow to catch up."""

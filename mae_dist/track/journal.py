@@ -1,0 +1,174 @@
+"""The local truth of a run: one JSON object a line in `<run_dir>/journal.jsonl`. MLflow is a copy of it.
+
+Each line reaches the operating system when it is written, and the disk with `sync`, which goes with each checkpoint.
+Kinds of record, all with "time" (epoch seconds): start, metrics, image, artifact, end. Non-finite floats are kept as
+the strings "nan", "inf" and "-inf", so that every line is valid JSON, and come back as floats.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+FILE_NAME = "journal.jsonl"
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Journal:
+    """The one writer of a journal (rank 0). Opening it drops a last line that an earlier writer left torn."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._pending = bytearray()
+        self._failed = False
+        self._fd = self._open()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record`, with "time" if it has none.
+
+        A full or absent disk does not stop the caller: the line waits in memory, in its place, for the next call.
+        """
+        timed = record if "time" in record else {**record, "time": time.time()}
+        self._pending += json.dumps(to_json(timed), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        self._flush()
+
+    def sync(self) -> None:
+        """What was written survives a power cut from here on."""
+        self._flush()
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            self._warn(error)
+
+    def cut(self, step: int) -> None:
+        """Drop every record of a step greater than `step`: those steps will be run again. Raises OSError.
+
+        Records without a step stay. Written aside, synced and renamed: a reader sees the old file or the new one.
+        """
+        self._flush()
+        aside = self.path.with_name(f"{self.path.name}.cut")
+        with self.path.open("rb") as old, aside.open("wb") as new:
+            for line in whole_lines(old):
+                record = parse(line)
+                if record is not None and not is_after(record, step):
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        os.close(self._fd)
+        aside.replace(self.path)
+        sync_directory(self.path.parent)
+        self._fd = self._open()
+
+    def close(self) -> None:
+        """Sync and close. Closing twice does nothing."""
+        if self._fd >= 0:
+            self.sync()
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if self.path.is_file():  # a device or a pipe has no tail to repair
+            with self.path.open("rb") as file:
+                whole, size = last_newline(file), file.seek(0, os.SEEK_END)
+            if whole < size:
+                os.ftruncate(fd, whole)
+            sync_directory(self.path.parent)
+        return fd
+
+    def _flush(self) -> None:
+        try:
+            while self._pending:  # a nearly full disk takes a part of a line; the rest follows when it can
+                written = os.write(self._fd, self._pending)
+                del self._pending[:written]
+            self._failed = False
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            print(f"warning: {self.path}: {error.strerror}; kept in memory until it can be written", file=sys.stderr)
+        self._failed = True
+
+
+def read(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The whole records of a journal, in order, without a torn last line and without lines that are no JSON object."""
+    with Path(path).open("rb") as file:
+        for line in whole_lines(file):
+            record = parse(line)
+            if record is not None:
+                yield record
+
+
+def is_after(record: dict[str, Any], step: int) -> bool:
+    """Whether a record belongs to a later step than `step`; one without a step belongs to none."""
+    own = record.get("step")
+    return isinstance(own, int | float) and own > step
+
+
+def whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines from where `file` stands, each with its newline, up to a torn last one."""
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        yield line
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record of one line; None for what is no JSON object (a power cut can leave zeros)."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return from_json(record) if isinstance(record, dict) else None
+
+
+def to_json(value: Any) -> Any:
+    """`value` as plain JSON types: non-finite floats as strings, array scalars as numbers, the rest as str."""
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return to_json(value.item()) if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else str(value)
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json` for plain types; a string "nan", "inf" or "-inf" becomes a float too."""
+    if isinstance(value, dict):
+        return {key: from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def last_newline(file: IO[bytes], block: int = 65536) -> int:
+    """The offset after the last newline of a file, 0 if there is none."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        place = file.read(end - start).rfind(b"\n")
+        if place >= 0:
+            return start + place + 1
+        end = start
+    return 0
+
+
+def sync_directory(path: Path) -> None:
+    """New and renamed files in `path` survive a power cut from here on, where the file system can promise that."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,67 @@
+"""Where MLflow is, and what a person types to see it. Nothing here imports mlflow."""
+
+import getpass
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from mae_dist.track import journal, state
+
+ENVIRONMENT = {  # MLflow's own defaults block a call for four minutes when a server is down
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def tracking_uri(runs_dir: Path, configured: str | None = None) -> str:
+    """Where the runs of `runs_dir` are kept: the environment's place, else the configured one, else sqlite in there."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+
+
+def is_server(uri: str) -> bool:
+    """Whether a server stands behind `uri`, which then also keeps the artifacts."""
+    return urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc") or uri == "databricks"
+
+
+@contextmanager
+def opening(uri: str, runs_dir: Path) -> Iterator[None]:
+    """Hold this while opening `uri`: processes that open one fresh sqlite file together break each other."""
+    if is_server(uri):
+        yield
+        return
+    file = uri.partition("sqlite:///")[2].partition("?")[0]
+    lock = Path(file).resolve().with_suffix(".lock") if file else runs_dir / "mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        yield
+
+
+def user() -> str:
+    """Who runs this; containers may run as a number without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def ui_command(directory: Path | str, configured: str | None = None) -> str:
+    """What to type to see the runs: a command, or the address of the server.
+
+    `directory`: one run's, or that of all runs. `configured`: the config's tracking_uri. Passwords are left out.
+    """
+    path = Path(directory).resolve()
+    is_run = any((path / name).exists() for name in (journal.FILE_NAME, state.FILE_NAME, "config.yaml"))
+    uri = tracking_uri(path.parent if is_run else path, configured)
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    shown = '"$MLFLOW_TRACKING_URI"' if parts.password else shlex.quote(uri)
+    return f"mlflow ui --backend-store-uri {shown}"

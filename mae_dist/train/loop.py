@@ -1,0 +1,95 @@
+"""The training loop."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mae_dist.config import Config
+from mae_dist.data.feed import DeviceFeed, Normalise
+from mae_dist.data.loader import Batch
+from mae_dist.engine import Engine, World
+from mae_dist.model.masking import mask_noise
+from mae_dist.track.journal import Journal
+from mae_dist.train.checkpoint import Checkpoints
+from mae_dist.train.health import check_skipped
+from mae_dist.train.meters import Meters
+from mae_dist.train.progress import Progress
+from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.stop import StopRequest
+from mae_dist.train.validate import Validation
+
+
+class Stopped(Exception):
+    """A signal ended the run after step `step`; everything is saved."""
+
+    def __init__(self, signal: int, step: int):
+        super().__init__(f"stopped by signal {signal} after step {step}; the same command goes on from there")
+        self.signal = signal
+
+
+@dataclass
+class Run:
+    """All that one rank needs to train; built in `run.py`."""
+
+    config: Config
+    world: World
+    engine: Engine
+    batches: Iterator[Batch]
+    accumulate: int
+    start: int
+    """Updates already done."""
+    total_steps: int
+    epoch_steps: float
+    """Updates in one epoch; a batch may straddle two."""
+    schedule: CosineSchedule
+    checkpoints: Checkpoints
+    meta: dict
+    """Saved with each checkpoint."""
+    validation: Validation
+    journal: Journal | None
+    """On rank 0 only."""
+    stop: StopRequest
+
+
+def train(run: Run) -> None:
+    """Make every update from `run.start` to `run.total_steps`. Raises Stopped on an agreed signal."""
+    config = run.config.train
+    feed = DeviceFeed(run.batches, run.world.device)
+    normalise = Normalise(run.config.data, run.world.device)
+    meters = Meters(run.world, config.global_batch_size)
+    progress = Progress(run.start, run.total_steps)
+    for k in range(run.start, run.total_steps):
+        for micro in range(run.accumulate):
+            batch = next(feed)
+            run.engine.forward_backward(normalise(batch.images), noise_of(batch, run), micro == run.accumulate - 1)
+        meters.add(run.engine.step(run.schedule.lr(k)), feed.waited)
+        feed.waited = 0.0
+        done, last, stop = k + 1, k + 1 == run.total_steps, 0
+        if last or done % config.log_every == 0:
+            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal)
+            if run.journal:
+                run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
+                progress.show(done, reading.metrics)
+            check_skipped(reading.skipped_in_row, config.max_skipped, done)
+            stop = reading.stop_signal
+        began = time.perf_counter()
+        if last or done % config.eval_every == 0:
+            run.validation.run(done, run.engine, run.journal)
+        if last or stop or done % config.save_every == 0:
+            save(run, done)
+        meters.pause(time.perf_counter() - began)
+        if stop and not last:
+            raise Stopped(stop, done)
+
+
+def noise_of(batch: Batch, run: Run) -> Tensor:
+    return mask_noise(run.config.train.seed, batch.epochs, batch.ids, run.config.model.num_patches)
+
+
+def save(run: Run, done: int) -> None:
+    """Commit a checkpoint, after the journal that leads to it."""
+    if run.journal:
+        run.journal.sync()
+    run.checkpoints.save(done, run.engine.save, run.meta)

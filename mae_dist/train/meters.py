@@ -1,0 +1,72 @@
+"""What is measured between two log lines, on the device until the line is due."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from mae_dist.engine.base import StepResult
+from mae_dist.engine.world import World
+
+
+class Reading(NamedTuple):
+    """What all ranks agree on after a sync."""
+
+    metrics: dict[str, float]
+    skipped_in_row: int
+    stop_signal: int
+    """Largest stop signal any rank got; 0: none."""
+
+
+class Meters:
+    """Sums over the steps since the last sync. `add` never waits for the device; `sync` does, once."""
+
+    def __init__(self, world: World, global_batch_size: int):
+        self.world, self.global_batch_size = world, global_batch_size
+        self.skipped_in_row = torch.zeros((), device=world.device)
+        self.skipped_total = torch.zeros((), device=world.device)
+        self._restart()
+
+    def _restart(self) -> None:
+        zero = torch.zeros((), device=self.world.device)
+        self.loss, self.loss_max, self.grad_norm, self.worst_row = zero, zero, zero, zero
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` (an evaluation, a save) out of the throughput."""
+        self.since += seconds
+
+    def add(self, result: StepResult, waited: float) -> None:
+        """One update, and the seconds it waited for data."""
+        good = result.skipped == 0
+        self.loss = self.loss + result.loss
+        self.loss_max = torch.maximum(self.loss_max, result.loss)
+        self.grad_norm = torch.where(good, result.grad_norm, self.grad_norm)
+        self.skipped_in_row = torch.where(good, 0.0, self.skipped_in_row + 1)
+        self.skipped_total = self.skipped_total + result.skipped
+        self.worst_row = torch.maximum(self.worst_row, self.skipped_in_row)
+        self.steps += 1
+        self.waited += waited
+
+    def sync(self, lr: float, epoch: float, stop_signal: int) -> Reading:
+        """Agree over all ranks and start again. Losses are means (and the largest) over ranks and steps."""
+        elapsed = time.perf_counter() - self.since
+        wait = torch.tensor(self.waited / elapsed, device=self.world.device)
+        means = self.world.sum(torch.stack([self.loss / self.steps, wait])) / self.world.size
+        signal = torch.tensor(float(stop_signal), device=self.world.device)
+        worst = self.world.max(torch.stack([self.loss_max, self.worst_row, signal]))
+        loss, wait, loss_max, row, stop, norm, skipped = torch.cat(
+            [means, worst, torch.stack([self.grad_norm, self.skipped_total])]
+        ).tolist()
+        metrics = {
+            "loss/train": loss,
+            "loss/train_max": loss_max,
+            "optim/lr": lr,
+            "optim/grad_norm": norm,
+            "optim/skipped": skipped,
+            "perf/images_per_s": self.steps * self.global_batch_size / elapsed,
+            "perf/data_wait": wait,
+            "progress/epoch": epoch,
+        }
+        self._restart()
+        return Reading(metrics, int(row), int(stop))

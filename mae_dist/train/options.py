@@ -1,0 +1,77 @@
+"""How long a run is, how its batches are cut, and what it keeps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mae_dist.engine.base import Precision
+from mae_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    name: str = "mae"
+    """The run's name: its directory is RUNS_DIR/NAME. Starting the same name again resumes it."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    """Of initialisation, order, crops and masks: with the data it decides the whole run."""
+    global_batch_size: int = 4096
+    """Images an update. Cut over ranks and micro-batches; the result does not depend on how."""
+    micro_batch_size: int | None = None
+    """Images a rank takes at once; None: all of its share. Fewer need less memory, and gradients are accumulated."""
+    epochs: float = 800.0
+    steps: int | None = None
+    """Updates of the whole run; replaces `epochs`."""
+    precision: Precision = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 20
+    """Steps between lines, journal entries and checks for a stop."""
+    eval_every: int = 1000
+    """Steps between validation losses and reconstruction pictures; the last step always has them."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 3
+    max_skipped: int = 20
+    """Updates in a row that may be skipped for non-finite numbers before the run stops."""
+    accept_changes: bool = False
+    """Resume although the config or the data changed (a lower learning rate after a divergence, say)."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    def check(self) -> None:
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise UserError(f"train.name: {self.name!r} is not a name for a directory; write one such as vit_b16")
+        for field in ("global_batch_size", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped"):
+            if getattr(self, field) < 1:
+                raise UserError(f"train.{field}: {getattr(self, field)}: write a number of at least 1")
+        if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
+            raise UserError("train: epochs must be above 0 and steps at least 1")
+
+    def accumulate(self, world_size: int) -> int:
+        """Micro-batches a rank makes of its share of one global batch.
+
+        Raises UserError, with the nearest sizes that work, when the batch does not divide.
+        """
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        if batch % world_size:
+            raise UserError(
+                f"train.global_batch_size: {batch} does not divide over {world_size} processes; "
+                f"the nearest that do are {nearest(batch, world_size)}"
+            )
+        share = batch // world_size
+        micro = share if micro is None else micro
+        if micro < 1 or share % micro:
+            divisors = [d for d in range(1, share + 1) if share % d == 0]
+            near = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
+            raise UserError(
+                f"train.micro_batch_size: {micro} does not divide the {share} images a process takes of each global "
+                f"batch of {batch} ({world_size} processes); the nearest that do are {' and '.join(map(str, near))}"
+            )
+        return share // micro
+
+
+def nearest(value: int, divisor: int) -> str:
+    low = value // divisor * divisor
+    return " and ".join(str(v) for v in (low, low + divisor) if v > 0)

@@ -1,0 +1,214 @@
+"""From a config to a finished run: build everything, resume, train, and say how it ended."""
+
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+import yaml
+
+import mae_dist
+from mae_dist.config import Config, flat
+from mae_dist.data import ImageStream, Source, open_sources
+from mae_dist.engine import NativeEngine, World
+from mae_dist.errors import UserError
+from mae_dist.model import MAE
+from mae_dist.track.journal import Journal
+from mae_dist.track.tracker import MLflowTracker
+from mae_dist.train.checkpoint import Checkpoints, read_meta
+from mae_dist.train.loop import Run, Stopped, train
+from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.stop import StopRequest
+from mae_dist.train.validate import Validation
+
+# What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
+FREE = {
+    "data.shards", "data.val_shards", "data.workers",
+    "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
+    "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
+}  # fmt: skip
+CONFIG_FILE = "config.yaml"
+
+
+def pretrain(config: Config) -> int:
+    """Train, or go on training, on all the processes of this world. Returns the exit status.
+
+    0: complete. 128 + n: stopped by signal n, everything saved. Raises UserError for a user's mistake, before the first
+    step wherever it can be seen then, and TrainingDiverged when numbers stay bad.
+    """
+    config.check()
+    stop = StopRequest()
+    world = World.join(config.train.device)
+    try:
+        accumulate = config.train.accumulate(world.size)
+        sources = open_sources(config.data, config.model.height_width, config.model.in_chans)
+        return _train(config, world, accumulate, sources, stop)
+    finally:
+        world.leave()
+
+
+def _train(
+    config: Config, world: World, accumulate: int, sources: tuple[Source, Source | None], stop: StopRequest
+) -> int:
+    run_dir, batch = config.train.run_dir, config.train.global_batch_size
+    num_samples = int(sources[0].counts.sum())
+    total = config.train.steps or math.ceil(config.train.epochs * num_samples / batch)
+    meta = {"data": {"digest": sources[0].digest, "num_samples": num_samples}, "world_size": world.size}
+    torch.manual_seed(config.train.seed)
+    model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
+    engine = NativeEngine(model, world, config.optim, config.train.precision, accumulate)
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, config.train.keep_checkpoints)
+    newest = checkpoints.newest()
+    start = resume(config, newest, engine, meta) if newest else 0
+    if start >= total:
+        if world.is_main:
+            print(f"{run_dir}: complete, {start} of {total} steps; for another run write --train.name NAME")
+        return 0
+    epoch_steps = num_samples / batch
+    warmup = min(config.optim.warmup_epochs * epoch_steps, total)
+    stream = ImageStream(
+        sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
+        world.rank, world.size, pin_memory=world.device.type == "cuda",
+    )  # fmt: skip
+    run = Run(
+        config=config,
+        world=world,
+        engine=engine,
+        batches=iter(stream),
+        accumulate=accumulate,
+        start=start,
+        total_steps=total,
+        epoch_steps=epoch_steps,
+        schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
+        checkpoints=checkpoints,
+        meta=meta,
+        validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world),
+        journal=open_journal(config, world, start) if world.is_main else None,
+        stop=stop,
+    )
+    return _train_and_report(run)
+
+
+def _train_and_report(run: Run) -> int:
+    """Train; whatever happens, the journal says how it ended."""
+    tracker = None
+    status, reason, code = "FAILED", "", 0
+    if run.journal:
+        describe(run)
+        tracker = MLflowTracker.start(run.config.train.run_dir, run.config.track)
+    try:
+        train(run)
+        status = "FINISHED"
+    except Stopped as stopped:
+        status, reason, code = "KILLED", str(stopped), 128 + stopped.signal
+        if run.world.is_main:
+            print(f"\n{run.config.train.name}: {stopped}", flush=True)
+    except KeyboardInterrupt:
+        status, reason = "KILLED", "interrupted"
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if run.journal:
+            run.journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
+            run.journal.sync()
+            run.journal.close()
+        if tracker:
+            tracker.close()
+    return code
+
+
+def resume(config: Config, checkpoint: Path, engine: NativeEngine, meta: dict) -> int:
+    """Load a checkpoint; returns the updates it has behind it. Raises UserError when config or data are not the run's."""
+    saved = read_meta(checkpoint)
+    changes = changed(config)
+    if saved["data"] != meta["data"]:
+        changes.append(f"the training data (was {saved['data']}, now {meta['data']})")
+    if changes and not config.train.accept_changes:
+        raise UserError(
+            f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another run "
+            "with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
+        )
+    engine.load(checkpoint)
+    return saved["step"]
+
+
+def changed(config: Config) -> list[str]:
+    """The keys that decide the numbers of a run and are not what its `config.yaml` says."""
+    path = config.train.run_dir / CONFIG_FILE
+    if not path.is_file():
+        return []
+    before = yaml.safe_load(path.read_text())
+    now = yaml.safe_load(config.to_yaml())
+    different = []
+    for key, _ in flat(config):
+        section, name = key.split(".")
+        was, value = before.get(section, {}).get(name), now[section][name]
+        if was != value and key not in FREE and section != "track":
+            different.append(f"{key} (was {was}, now {value})")
+    return different
+
+
+def open_journal(config: Config, world: World, start: int) -> Journal:
+    """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
+    run_dir = config.train.run_dir
+    journal = Journal(run_dir / "journal.jsonl")
+    journal.cut(start)
+    aside = run_dir / f".{CONFIG_FILE}"
+    aside.write_text(config.to_yaml())
+    aside.rename(run_dir / CONFIG_FILE)
+    return journal
+
+
+def describe(run: Run) -> None:
+    """Say what this run is: to the terminal, and to the journal as few parameters and some tags."""
+    config, world = run.config, run.world
+    model, batch = config.model, config.train.global_batch_size
+    params = {
+        "enc_name": model.enc_name,
+        "mask_ratio": model.mask_ratio,
+        "decoder": f"{model.dec_dim}x{model.dec_depth}",
+        "norm_pix_loss": model.norm_pix_loss,
+        "global_batch_size": batch,
+        "peak_lr": config.optim.peak_lr(batch),
+        "steps": run.total_steps,
+        "seed": config.train.seed,
+    }
+    tags = {
+        "world_size": str(world.size),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "precision": config.train.precision,
+        "data.digest": run.meta["data"]["digest"],
+        "mae_dist.version": mae_dist.__version__,
+    }
+    commit = git_commit()
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    assert run.journal
+    start = {"kind": "start", "step": run.start, "params": params, "tags": tags, "artifacts": [CONFIG_FILE]}
+    run.journal.write(start)
+    count = sum(p.numel() for p in run.engine.model.parameters())
+    print(
+        f"{config.train.run_dir}: {model.enc_name} ({count / 1e6:.1f} M parameters with decoder), "
+        f"{run.meta['data']['num_samples']} images, {run.total_steps} steps of {batch} = {world.size} processes x "
+        f"{run.accumulate} x {batch // world.size // run.accumulate} on {tags['device']} in {config.train.precision}"
+        + (f"; resumed at step {run.start}" if run.start else ""),
+        flush=True,
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, from MAE_DIST_GIT_COMMIT (containers) or git."""
+    given = os.environ.get("MAE_DIST_GIT_COMMIT")
+    if given:
+        return given
+    here = Path(mae_dist.__file__).parent
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip()

@@ -1,0 +1,81 @@
+"""The validation loss, on held-out images with fixed masks, and the picture of reconstructions."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from mae_dist.config import Config
+from mae_dist.data import Source, evaluation_batches
+from mae_dist.data.feed import Normalise
+from mae_dist.engine import Engine, World
+from mae_dist.model.masking import mask_noise, num_kept, split
+from mae_dist.model.patches import patchify, unpatchify
+from mae_dist.track.journal import Journal
+from mae_dist.track.review import reconstruction_grid, save_picture
+
+PICTURED = 12  # images in a reconstruction grid
+GREY = 127
+
+
+class Validation:
+    """`source`: held-out images, or None: then there is no loss, and the picture shows training images."""
+
+    def __init__(self, config: Config, source: Source | None, train_source: Source, batch_size: int, world: World):
+        self.config, self.source, self.world, self.batch_size = config, source, world, batch_size
+        self.normalise = Normalise(config.data, world.device)
+        self.pictured = first_images(source or train_source, config)
+
+    def run(self, step: int, engine: Engine, journal: Journal | None) -> None:
+        """Measure on all ranks; rank 0 draws and writes the journal."""
+        loss = self.loss(engine) if self.source else None
+        if journal is None:
+            return
+        if loss is not None:
+            journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
+        engine.model.eval()
+        grid = reconstruction_grid(*self.triples(engine))
+        engine.model.train()
+        path = save_picture(grid, self.config.train.run_dir, step)
+        journal.write({"kind": "image", "step": step, "key": "reconstruction", "path": path})
+
+    def noise(self, ids: Tensor) -> Tensor:
+        """The fixed masks of evaluation: keyed by the sample alone."""
+        return mask_noise(self.config.train.seed, torch.zeros_like(ids), ids, self.config.model.num_patches)
+
+    def loss(self, engine: Engine) -> float:
+        """Mean loss over the held-out images, each counted once whatever the number of ranks."""
+        assert self.source is not None
+        size, world = self.config.model.height_width, self.world
+        total = torch.zeros(2, dtype=torch.float64, device=world.device)
+        for batch in evaluation_batches(self.source, size, self.config.data, self.batch_size, world.rank, world.size):
+            images, ids = (tensor.to(world.device) for tensor in (batch.images, batch.ids))
+            loss = engine.evaluate(self.normalise(images), self.noise(ids)).loss
+            total += torch.stack([loss.double() * len(ids), torch.tensor(len(ids), device=world.device)])
+        summed, count = world.sum(total).tolist()
+        return summed / count
+
+    @torch.no_grad()
+    def triples(self, engine: Engine):
+        """Input, masked and reconstructed images, (n, H, W, C) uint8 each."""
+        pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
+        images, noise = self.normalise(pixels), self.noise(ids)
+        rebuilt = self.normalise.undo(engine.model.reconstruct(images, noise))
+        masked = grey_out(pixels, noise, self.config)
+        return [images.permute(0, 2, 3, 1).cpu().numpy() for images in (pixels, masked, rebuilt)]
+
+
+def first_images(source: Source, config: Config) -> tuple[Tensor, Tensor]:
+    """Pixels (n, C, H, W) uint8 and ids of a source's first images, as evaluation sees them."""
+    in_process = dataclasses.replace(config.data, workers=0)
+    batch = next(iter(evaluation_batches(source, config.model.height_width, in_process, PICTURED)))
+    return batch.images, batch.ids
+
+
+def grey_out(pixels: Tensor, noise: Tensor, config: Config) -> Tensor:
+    """The images with every masked patch grey, (B, C, H, W) uint8."""
+    p = config.model.patch_size
+    patches = patchify(pixels, p)
+    _, ids_mask = split(noise, num_kept(patches.shape[1], config.model.mask_ratio))
+    patches = patches.scatter(1, ids_mask[..., None].expand(-1, -1, patches.shape[2]), GREY)
+    return unpatchify(patches, p, *pixels.shape[2:])
