@@ -49,6 +49,7 @@ class PlainMAE(nn.Module):
         self.encoder, width = vit, config.dec_dim
         self.enc_to_dec = nn.Linear(vit.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.dec_pos: Tensor
         self.register_buffer("dec_pos", torch.zeros(1, 1 + config.num_patches, width))
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.dec_blocks = nn.Sequential(

@@ -32,9 +32,7 @@ class NativeEngine:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ddp: nn.Module = self.model
         if world.size > 1:
-            self.ddp = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1
-            )
+            self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, static_graph=accumulate == 1)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
         self.autocast = torch.autocast(world.device.type, dtype) if dtype else nullcontext()
         scaled = precision == "fp16"

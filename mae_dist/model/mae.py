@@ -2,13 +2,13 @@
 
 Only the visible patches are projected and encoded. The decoder sees [class, visible, masked] tokens in that order, each
 with the position gathered by its own id: attention does not care about order, so nothing is ever shuffled back. What
-the loss does not need is not computed: the last decoder block asks its queries, and runs its MLP, for masked tokens only.
+the loss does not need is not computed: the last decoder block asks its queries and runs its MLP for masked tokens only.
 """
 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -95,14 +95,14 @@ def build_encoder(config: MAEConfig) -> VisionTransformer:
 
     Raises UserError when timm does not know the name or it is not a plain ViT.
     """
-    changes = {"embed_dim": config.enc_dim, "depth": config.enc_depth, "num_heads": config.enc_heads}
+    changes: dict[str, Any] = {"embed_dim": config.enc_dim, "depth": config.enc_depth, "num_heads": config.enc_heads}
     name = config.enc_name
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models("vit_*"), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('vit_*')"
         raise UserError(f"model.enc_name: timm has no model {name!r}; {hint}")
     try:
-        vit = timm.create_model(
+        vit: Any = timm.create_model(
             name,
             num_classes=0,
             global_pool="token",
@@ -144,8 +144,6 @@ class MAE(nn.Module):
     Raises UserError when the config names no possible model.
     """
 
-    dec_pos: Tensor
-
     def __init__(self, config: MAEConfig):
         super().__init__()
         config.check()
@@ -154,7 +152,7 @@ class MAE(nn.Module):
         dim, p, c = self.encoder.embed_dim, config.patch_size, config.in_chans
         self.enc_to_dec = nn.Linear(dim, config.dec_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dec_dim))
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
         self.dec_blocks = nn.ModuleList(
             Block(config.dec_dim, config.dec_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
             for _ in range(config.dec_depth)
@@ -162,7 +160,8 @@ class MAE(nn.Module):
         self.dec_norm = norm_layer(config.dec_dim)
         self.head = nn.Linear(config.dec_dim, p * p * c)
         rows, columns = (side // p for side in config.height_width)
-        self.register_buffer("dec_pos", sincos_2d(config.dec_dim, rows, columns)[None])  # (1, 1+N, dec_dim)
+        dec_pos = sincos_2d(config.dec_dim, rows, columns)[None]
+        self.dec_pos = nn.Parameter(dec_pos, requires_grad=False)  # (1, 1+N, dec_dim)
         self._initialise(sincos_2d(dim, rows, columns)[None])
 
     def _initialise(self, enc_pos: Tensor) -> None:
@@ -172,7 +171,7 @@ class MAE(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        vit = self.encoder
+        vit: Any = self.encoder  # whose class token may be None by type, and is not by `build_encoder`
         projection = vit.patch_embed.proj.weight  # its bias keeps the convolution's default, as in the official code
         nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
         nn.init.normal_(vit.cls_token, std=0.02)
@@ -181,19 +180,21 @@ class MAE(nn.Module):
 
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Project (B, K, p*p*C) patches, add their (B or 1, K, D) positions, put the class token in front."""
-        vit = self.encoder
+        vit: Any = self.encoder
         projection = vit.patch_embed.proj
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in the order of `patchify`
-        tokens = F.linear(patches, weight, projection.bias) + positions
+        p, c = self.config.patch_size, self.config.in_chans
+        patches = patches.unflatten(-1, (p, p, c)).movedim(-1, -3).flatten(-3)  # a convolution has the channel first
+        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
         cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return vit.norm_pre(torch.cat([cls, tokens], dim=1))  # (B, 1+K, D)
 
     def encode_patches(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode the patches at `ids_keep` (B, Nk), or all: (B, N, p*p*C) to (B, 1+Nk, D)."""
-        positions = self.encoder.pos_embed[:, 1:]
+        vit: Any = self.encoder
+        positions = vit.pos_embed[:, 1:]
         if ids_keep is not None:
             patches, positions = take(patches, ids_keep), positions[0][ids_keep]
-        return self.encoder.norm(self.encoder.blocks(self.embed(patches, positions)))
+        return vit.norm(vit.blocks(self.embed(patches, positions)))
 
     def decode(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
         """Predict the pixels of `ids_mask`: latent (B, 1+Nk, D) to (B, Nm, p*p*C)."""
@@ -209,7 +210,7 @@ class MAE(nn.Module):
 
     def _last_block(self, x: Tensor, masked: int) -> Tensor:
         """The last decoder block for the last `masked` tokens of x (B, T, dec_dim); all T are attended to."""
-        block: Block = self.dec_blocks[-1]  # type: ignore[assignment]
+        block: Any = self.dec_blocks[-1]
         attention = block.attn
         dim, heads = x.shape[-1], attention.num_heads
         normed = block.norm1(x)

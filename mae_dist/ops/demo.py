@@ -55,7 +55,10 @@ def write_photos(directory: Path) -> list[Path]:
 def run(command: Sequence[str]) -> None:
     """Print a command as one would type it, and run it. Raises UserError when it fails."""
     print(f"\n$ {' '.join(command)}", flush=True)
-    program = {"mae-dist": [sys.executable, "-m", "mae_dist"], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    program = {
+        "mae-dist": [sys.executable, "-m", "mae_dist"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }
     finished = subprocess.run([*program[command[0]], *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"})
     if finished.returncode:
         raise UserError(f"the demo's command ended with status {finished.returncode}: {' '.join(command)}")

@@ -7,6 +7,7 @@ enough to say so in MLflow. Whatever fails is tried again; what was sent is reme
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ __all__ = ["MLflowTracker", "Shipper", "Summary", "follow", "sync", "tracking_ur
 
 LOCK_NAME = "mlflow.lock"
 POLL_S = 1.0
-BACKOFF_S = 15.0  # the longest pause between two tries
+BACKOFF_S = 10.0  # the longest pause between two tries
 PATIENCE_S = 60.0  # how long an unreachable server is tried after the trainer is gone
 SILENCE_S = 600.0  # a run without an end whose journal has been still for this long is dead to `sync`
 
@@ -250,8 +251,9 @@ def follow(shipper: Shipper, pid: int, since: float = 0.0, patience: float = PAT
 
 
 def brief(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """An error in one line: how it begins and ends, without passwords."""
+    text = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
 
 
 def is_there(client: "MlflowClient", run_id: str) -> bool:

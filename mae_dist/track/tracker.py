@@ -49,7 +49,7 @@ class MLflowTracker:
         if code != 0 or left:
             going_on = ", which is tried for another minute" if code is None else ""
             print(
-                f"MLflow: {left} records not sent yet{going_on} (see {self.run_dir / LOG_NAME}); "
+                f"MLflow: {f'{left} records' if left else 'the status'} not sent yet{going_on} (see {self.run_dir / LOG_NAME}); "
                 f"`mae-dist sync {self.run_dir}` finishes the copy",
                 file=sys.stderr,
             )

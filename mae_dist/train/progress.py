@@ -28,7 +28,10 @@ class Progress:
             + (f"skipped {metrics['optim/skipped']:.0f} | " if metrics["optim/skipped"] else "")
             + f"ETA {duration(per_step * (self.total - done))}"
         )
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if done == self.total else "", flush=True)
-        else:
-            print(line, flush=True)
+        try:
+            if sys.stdout.isatty():
+                print(f"\r\033[K{line}", end="\n" if done == self.total else "", flush=True)
+            else:
+                print(line, flush=True)
+        except OSError:
+            pass  # nobody reads any more (a closed pipe, a full disk): no reason to stop training

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -53,14 +55,14 @@ def test_sizes_of_the_released_checkpoints():
 
 
 def test_names_of_the_huggingface_layout():
-    model = build()
-    state = convert(model.state_dict(), "mae_dist", "huggingface")
-    query, key, value = model.encoder.blocks[1].attn.qkv.weight.chunk(3)
+    ours = build().state_dict()
+    state = convert(ours, "mae_dist", "huggingface")
+    query, key, value = ours["encoder.blocks.1.attn.qkv.weight"].chunk(3)
     for name, rows in (("query", query), ("key", key), ("value", value)):
         assert torch.equal(state[f"vit.encoder.layer.1.attention.attention.{name}.weight"], rows)
-    assert torch.equal(state["decoder.decoder_layers.0.intermediate.dense.bias"], model.dec_blocks[0].mlp.fc1.bias)
-    assert torch.equal(state["decoder.decoder_pred.weight"], model.head.weight)
-    assert torch.equal(state["vit.embeddings.position_embeddings"], model.encoder.pos_embed)
+    assert torch.equal(state["decoder.decoder_layers.0.intermediate.dense.bias"], ours["dec_blocks.0.mlp.fc1.bias"])
+    assert torch.equal(state["decoder.decoder_pred.weight"], ours["head.weight"])
+    assert torch.equal(state["vit.embeddings.position_embeddings"], ours["encoder.pos_embed"])
     storages = [tensor.untyped_storage().data_ptr() for tensor in state.values()]
     assert len(set(storages)) == len(storages)  # safetensors refuses shared memory
 
@@ -87,10 +89,10 @@ def test_newer_huggingface_names_are_read():
 def test_timm_loads_the_encoder_strictly():
     model = build().eval()
     exported = convert(model.state_dict(), "mae_dist", "timm")
-    vit = timm.create_model(
+    vit: Any = timm.create_model(
         "vit_base_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4
-    ).eval()
-    vit.load_state_dict(exported, strict=True)
+    )
+    vit.eval().load_state_dict(exported, strict=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model.encode(images), vit.forward_features(images), rtol=0, atol=2e-6)
     assert_same(convert(vit.state_dict(), "timm", "mae_dist"), {f"encoder.{k}": t for k, t in exported.items()})

@@ -19,13 +19,12 @@ from mae_dist.model import MAE, MAEConfig  # noqa: E402
 from mae_dist.model.formats import convert  # noqa: E402
 from mae_dist.model.masking import mask_noise  # noqa: E402
 
+GREY = {"in_chans": 1, "mask_ratio": 0.6}
 SIZES = {  # shrunk, with the head widths of the real ones (64 in the encoder, 32 in the decoder)
     "B/16": {"patch_size": 16, "enc_heads": 12, "enc_depth": 2, "dec_heads": 16, "dec_depth": 2},
     "B/8, three blocks": {"patch_size": 8, "enc_heads": 2, "enc_depth": 3, "dec_heads": 4, "dec_depth": 3},
-    "grey, ratio 0.6": {
-        "patch_size": 8, "enc_heads": 3, "enc_depth": 2, "dec_heads": 2, "dec_depth": 1, "in_chans": 1, "mask_ratio": 0.6
-    },
-}  # fmt: skip
+    "grey, ratio 0.6": {"patch_size": 8, "enc_heads": 3, "enc_depth": 2, "dec_heads": 2, "dec_depth": 1, **GREY},
+}
 
 
 def build(norm_pix_loss: bool, **size) -> MAE:

@@ -1,6 +1,7 @@
 """The model against a plain, slow MAE written from the paper: one image, one token, one head-sized step at a time."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -207,7 +208,8 @@ def test_loss_is_float32_under_autocast(norm_pix_loss):
     assert abs(output.loss - exact.loss) < 0.02 * exact.loss
     assert torch.equal(output.ids_mask, exact.ids_mask)
     output.loss.backward()
-    assert all(w.grad.dtype == torch.float32 and w.grad.isfinite().all() for w in model.parameters() if w.requires_grad)
+    gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
 def test_noise_is_drawn_from_torchs_generator():
@@ -284,7 +286,7 @@ def test_impossible_configs_say_what_to_write(settings, text):
 
 
 def test_encoder_is_the_named_one():
-    vit = build_encoder(MAEConfig(enc_name="vit_tiny_patch16_224", img_size=32))
+    vit: Any = build_encoder(MAEConfig(enc_name="vit_tiny_patch16_224", img_size=32))
     assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (192, 12, 3)
     assert set(vit.state_dict()) == set(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict())
 
@@ -312,7 +314,7 @@ def test_initialisation_follows_the_paper():
 
 def test_position_tables_are_frozen_and_saved():
     model = build()
-    assert not model.encoder.pos_embed.requires_grad
+    assert not dict(model.named_parameters())["encoder.pos_embed"].requires_grad
     assert "dec_pos" not in dict(model.named_parameters())
     assert torch.equal(model.state_dict()["dec_pos"][0], sincos_2d(SMALL["dec_dim"], 4, 4))
     images, noise = batch(model)

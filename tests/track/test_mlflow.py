@@ -169,17 +169,17 @@ def test_a_killed_trainer_is_said_to_be_dead_and_resumes(tmp_path: Path) -> None
 
 @pytest.mark.dist
 def test_several_shippers_on_a_fresh_store(tmp_path: Path) -> None:
-    for name in "abc":
+    for name in "ab":
         opened = start_run(tmp_path / name)
         write_steps(opened, 1, 20)
         write_picture(opened, 20)
         end_run(opened)
     command = [sys.executable, "-m", "mae_dist.track.mlflow"]
-    started = [subprocess.Popen([*command, str(tmp_path / name)], stdout=subprocess.DEVNULL) for name in "abc"]
-    assert [process.wait(90) for process in started] == [0, 0, 0]
-    for name in "abc":
+    started = [subprocess.Popen([*command, str(tmp_path / name)], stdout=subprocess.DEVNULL) for name in "ab"]
+    assert [process.wait(90) for process in started] == [0, 0]
+    for name in "ab":
         check_copy(tmp_path / name, 20)
-    assert len(client_of(tmp_path / "a").search_runs(["1"])) == 3
+    assert len(client_of(tmp_path / "a").search_runs(["1"])) == 2
 
 
 @pytest.mark.dist
@@ -265,10 +265,24 @@ def test_a_journal_silent_for_long_is_a_dead_run(run_dir: Path) -> None:
     opened = start_run(run_dir)
     opened.close()
     assert sync(run_dir).status == "RUNNING"
-    os.utime(opened.path, (time.time() - 3600,) * 2)
+    os.utime(opened.path, (time.time() - 3600, time.time() - 3600))
     assert sync(run_dir).status == run_of(run_dir).info.status == "FAILED"
     end_run(start_run(run_dir))
     assert sync(run_dir).status == run_of(run_dir).info.status == "FINISHED"
+
+
+def loses_one_answer(name: str, lost: list[str]) -> Callable[..., Any]:
+    """The client's method `name`, whose first call does its work and then fails."""
+    call = getattr(MlflowClient, name)
+
+    def wrapped(*args: Any, **more: Any) -> Any:
+        answer = call(*args, **more)
+        if name not in lost:
+            lost.append(name)
+            raise ConnectionError(f"{name}: the answer got lost")
+        return answer
+
+    return wrapped
 
 
 def test_answers_that_get_lost(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,17 +291,9 @@ def test_answers_that_get_lost(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     write_steps(opened, 1, 5)
     write_picture(opened, 5)
     end_run(opened)
-    lost = []
+    lost: list[str] = []
     for name in ("create_experiment", "create_run", "log_batch", "log_artifact", "log_image", "set_terminated"):
-
-        def wrapped(*args: Any, _name: str = name, _call: Any = getattr(MlflowClient, name), **more: Any) -> Any:
-            answer = _call(*args, **more)
-            if _name not in lost:
-                lost.append(_name)
-                raise ConnectionError(f"{_name}: the answer got lost")
-            return answer
-
-        monkeypatch.setattr(MlflowClient, name, wrapped)
+        monkeypatch.setattr(MlflowClient, name, loses_one_answer(name, lost))
     monkeypatch.setattr("mae_dist.track.mlflow.POLL_S", 0.01)
     assert sync(run_dir, TrackConfig(experiment="lossy"), tries=2).error is not None
     assert sync(run_dir, TrackConfig(experiment="lossy"), tries=9).error is None
