@@ -54,7 +54,7 @@ class Shipper:
         `died`: when the training process was found dead (epoch seconds), 0 if it lives, None if that is not known.
         """
         self.state = State.load(self.run_dir)  # after a failure, memory is ahead of what was sent
-        if died is not None and died != self.state.died:
+        if died is not None and bool(died) != bool(self.state.died):
             self.state.died = died
             self.state.save(self.run_dir)
         try:
@@ -210,7 +210,7 @@ def sync(run_dir: Path | str, config: TrackConfig | None = None, tries: int = 4)
                 time.sleep((2**pause - 1) * POLL_S)
                 changed = path.stat().st_mtime
                 try:
-                    shipper.ship(changed if time.time() - changed > SILENCE_S else None)
+                    shipper.ship(changed + 1 if time.time() - changed > SILENCE_S else None)  # file times are coarse
                     error = None
                     break
                 except Exception as failure:
@@ -227,12 +227,12 @@ def follow(shipper: Shipper, pid: int, since: float = 0.0, patience: float = PAT
     Returns whether MLflow has everything. After the process is gone, `patience` seconds without progress end it.
     """
     is_child = os.getppid() == pid
-    pause, said, progress, deadline = POLL_S, "", None, 0.0
-    path = shipper.run_dir / journal.FILE_NAME
+    pause, said, progress, deadline, died = POLL_S, "", None, 0.0, 0.0
     while True:
         dead = is_gone(pid, is_child)  # asked first: what it wrote last is then there to be read
+        died = died or (time.time() if dead else 0.0)
         try:
-            shipper.ship(path.stat().st_mtime if dead and path.exists() else 0.0)
+            shipper.ship(died)
             end = shipper.state.end
             if dead or (end is not None and end["time"] >= since):
                 return True

@@ -166,7 +166,7 @@ class State:
         if time in self.starts:
             return
         self.starts.append(time)
-        self.died = 0.0
+        self.died = self.died if time < self.died else 0.0
         batch.points.append(Point("attempt", float(len(self.starts)), time, int(record.get("step", 0))))
         for name, value in (record.get("params") or {}).items():
             key = clean(str(name))

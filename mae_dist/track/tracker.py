@@ -47,9 +47,10 @@ class MLflowTracker:
         except Exception as error:
             left = str(error)
         if code != 0 or left:
+            what = f"{left} records" if left else "the status"
             going_on = ", which is tried for another minute" if code is None else ""
             print(
-                f"MLflow: {f'{left} records' if left else 'the status'} not sent yet{going_on} (see {self.run_dir / LOG_NAME}); "
+                f"MLflow: {what} not sent yet{going_on} (see {self.run_dir / LOG_NAME}); "
                 f"`mae-dist sync {self.run_dir}` finishes the copy",
                 file=sys.stderr,
             )

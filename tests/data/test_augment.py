@@ -1,0 +1,86 @@
+"""Law 1 for pixels: a crop depends on (seed, epoch, sample) only, and is distributed as in the paper's code."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mae_dist.data.augment import TRIES, augment, centre, centre_box, random_box, resize, uniforms
+from mae_dist.data.options import DataConfig
+
+CONFIG = DataConfig()
+PIXELS = np.array(Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90)))
+
+
+@given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**40), st.floats(0.01, 1), st.floats(0.2, 1))
+def test_boxes_lie_inside(height, width, sample, low, ratio):
+    config = DataConfig(crop_scale=(low, 1.0), crop_ratio=(ratio, 1 / ratio))
+    top, left, h, w = random_box(height, width, config, uniforms(0, 0, sample, 1 + 4 * TRIES)[1:])
+    assert 0 <= top and 0 <= left and 0 < h and 0 < w
+    assert top + h <= height and left + w <= width
+
+
+@given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 300), st.integers(1, 300), st.floats(0.1, 1))
+def test_centre_boxes_lie_inside(height, width, out_height, out_width, share):
+    top, left, h, w = centre_box(height, width, (out_height, out_width), share)
+    assert 0 <= top and 0 <= left and 0 < h and 0 < w
+    assert top + h <= height and left + w <= width
+
+
+def test_crops_are_distributed_as_torchvision_draws_them():
+    """Area, shape and place against RandomResizedCrop.get_params: quantiles within 5 sigma of each other."""
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    n, image = 4000, torch.empty(3, 375, 500)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+    ours = np.array([random_box(375, 500, CONFIG, uniforms(7, 1, i, 1 + 4 * TRIES)[1:]) for i in range(n)])
+    for column in range(4):
+        for q in (0.1, 0.25, 0.5, 0.75, 0.9):
+            threshold = np.quantile(theirs[:, column], q)
+            share_ours, share_theirs = (np.mean(rows[:, column] <= threshold) for rows in (ours, theirs))
+            assert abs(share_ours - share_theirs) < 5 * np.sqrt(2 * 0.25 / n)
+
+
+def test_flips_are_fair_and_apart_from_crops():
+    first = np.array([uniforms(0, 0, i, 2) for i in range(4000)])
+    assert abs((first[:, 0] < 0.5).mean() - 0.5) < 5 * 0.5 / np.sqrt(4000)
+    assert abs(np.corrcoef(first.T)[0, 1]) < 0.08
+
+
+def test_a_view_depends_on_seed_epoch_and_sample_only():
+    def view(seed, epoch, sample):
+        return augment(PIXELS, epoch, sample, (32, 32), CONFIG, seed)
+
+    torch.manual_seed(1)
+    before = view(0, 0, 0)
+    torch.manual_seed(2)
+    assert torch.equal(before, view(0, 0, 0))
+    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        assert not torch.equal(before, view(*other))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_shapes_and_types(size):
+    for image in (augment(PIXELS, 0, 0, size, CONFIG, 0), centre(PIXELS, size, CONFIG)):
+        assert image.shape == (3, *size)
+        assert image.dtype == torch.uint8
+
+
+def test_resizing_is_pils_antialiased_bicubic():
+    """At least 50 dB against PIL on a photograph-like image."""
+    box = (5, 10, 80, 100)
+    ours = resize(PIXELS, box, (32, 32)).permute(1, 2, 0).numpy().astype(float)
+    crop = Image.fromarray(PIXELS[5:85, 10:110])
+    theirs = np.array(crop.resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
+    assert 10 * np.log10(255**2 / max(1e-9, ((ours - theirs) ** 2).mean())) > 50
+
+
+def test_no_crop_and_no_flip_change_nothing():
+    config = DataConfig(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0, eval_crop=1.0)
+    square = np.ascontiguousarray(PIXELS[:90, :90])
+    for sample in range(20):
+        assert torch.equal(augment(square, 0, sample, (90, 90), config, 0), torch.from_numpy(square).permute(2, 0, 1))
+    assert torch.equal(centre(square, (90, 90), config), torch.from_numpy(square).permute(2, 0, 1))
