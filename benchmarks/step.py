@@ -46,6 +46,7 @@ class PlainMAE(nn.Module):
         vit: Any = timm.create_model(
             config.enc_name, num_classes=0, img_size=config.img_size, patch_size=config.patch_size
         )
+        vit.pos_embed.requires_grad_(False)
         self.encoder, width = vit, config.dec_dim
         self.enc_to_dec = nn.Linear(vit.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -104,7 +105,7 @@ def build(way: str, config: MAEConfig, weights: dict[str, Tensor], device: str) 
     model = MAE(config) if way == "ours" else PlainMAE(config, encode_all=way == "all_patches")
     model.load_state_dict(weights)
     model.to(device).train()
-    trained = [weight for name, weight in model.named_parameters() if "pos_embed" not in name]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     return model, torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
 

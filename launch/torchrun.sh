@@ -57,7 +57,9 @@ whole NNODES 1 100000
 whole MASTER_PORT 1 65535
 
 if (( NNODES == 1 )); then
-  rendezvous=(--standalone) # a free port on this machine
+  # A free port on this machine, by number: in many containers the machine's own name does not resolve.
+  rendezvous=(--standalone --local-addr=127.0.0.1)
+  NODE_RANK=0 MASTER_ADDR=''
 else
   # Static: node NODE_RANK has the ranks from NODE_RANK*NPROC on, so rank 0 is on MASTER_ADDR. (c10d ignores both.)
   example="NNODES=$NNODES NODE_RANK=0 MASTER_ADDR=$(hostname) launch/torchrun.sh $*"
@@ -74,7 +76,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Less GPU memory lost to fragmentation.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-# After a stop signal the processes have this long to write a checkpoint (seconds; torch 2.11 and 2.12 always take 30).
+# After a stop signal the processes have this long to write a checkpoint (seconds; torch 2.11 gives them 30 whatever this says).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 echo "launch/torchrun.sh: node ${NODE_RANK:-0} of $NNODES${MASTER_ADDR:+ (node 0 is $MASTER_ADDR:$MASTER_PORT)}, processes here: $NPROC, visible GPUs: $gpus" >&2

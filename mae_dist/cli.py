@@ -1,6 +1,7 @@
 """The command line: one thin function a command, each importing only what it needs."""
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ mae-dist COMMAND --help says more."""
 class Parser(argparse.ArgumentParser):
     """Mistakes are UserErrors: one line, no usage dump."""
 
-    def error(self, message: str):  # noqa: D102
+    def error(self, message: str):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
@@ -85,6 +86,23 @@ def reconstruct(arguments: Sequence[str]) -> int:
     return 0
 
 
+def sync(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist sync", description="Copy what MLflow has not got yet of a run's journal.")
+    parser.add_argument("run", type=Path, help="a run's directory")
+    parser.add_argument("--experiment", help="name of the MLflow experiment (the run's own)")
+    parser.add_argument("--tracking-uri", help="where MLflow stores (the run's own)")
+    given = parser.parse_args(arguments)
+    from mae_dist.evaluate.checkpoints import run_config
+    from mae_dist.track.mlflow import sync as send
+
+    config = dataclasses.replace(
+        run_config(given.run).track, **{key: value for key, value in vars(given).items() if key != "run" and value}
+    )
+    summary = send(given.run, config)
+    print(summary)
+    return 1 if summary.error else 0
+
+
 def demo(arguments: Sequence[str]) -> int:
     parser = Parser("mae-dist demo", description="Shard, pretrain on two processes, evaluate, review; 2 CPU cores do.")
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (%(default)s)")
@@ -100,6 +118,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
     "knn": knn,
     "reconstruct": reconstruct,
+    "sync": sync,
     "demo": demo,
 }
 

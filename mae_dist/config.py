@@ -1,7 +1,7 @@
-"""The whole configuration: nested frozen dataclasses, filled from YAML files, then the environment, then the command line.
+"""The whole configuration: nested frozen dataclasses, filled from the environment, YAML files and the command line.
 
-The dataclasses stand beside what they configure; this file puts them together, loads, checks and prints them. Parsing and
-type checks are jsonargparse's; the messages are ours: file, key, what was expected, what was probably meant.
+The dataclasses stand beside what they configure; this file puts them together, loads, checks and prints them. Parsing
+and type checks are jsonargparse's; the messages are ours: file, key, what was expected, what was probably meant.
 """
 
 import dataclasses

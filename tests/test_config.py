@@ -27,9 +27,7 @@ def test_shipped_configs_load_and_are_sound(path):
     c.check()
 
 
-@pytest.mark.parametrize(
-    ("name", "dim", "patch"), [("b16", "base", 16), ("l16", "large", 16), ("h14", "huge", 14)]
-)
+@pytest.mark.parametrize(("name", "dim", "patch"), [("b16", "base", 16), ("l16", "large", 16), ("h14", "huge", 14)])
 def test_the_papers_recipe(name, dim, patch):
     """Every value of PRETRAIN.md and appendix A.1."""
     path = next(p for p in CONFIGS if p.name == f"vit_{name}.yaml")

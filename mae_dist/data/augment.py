@@ -64,10 +64,10 @@ def augment(
 ) -> Tensor:
     """RandomResizedCrop and horizontal flip: (H, W, C) uint8 to (C, *size) uint8."""
     u = uniforms(seed, epoch, sample, 1 + 4 * TRIES)
-    image = resize(pixels, random_box(*pixels.shape[:2], config, u[1:]), size)
+    image = resize(pixels, random_box(pixels.shape[0], pixels.shape[1], config, u[1:]), size)
     return image.flip(-1) if u[0] < config.flip else image
 
 
 def centre(pixels: NDArray[np.uint8], size: tuple[int, int], config: DataConfig) -> Tensor:
     """The evaluation view: (H, W, C) uint8 to (C, *size) uint8."""
-    return resize(pixels, centre_box(*pixels.shape[:2], size, config.eval_crop), size)
+    return resize(pixels, centre_box(pixels.shape[0], pixels.shape[1], size, config.eval_crop), size)

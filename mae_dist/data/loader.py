@@ -88,7 +88,7 @@ _running: weakref.WeakSet = weakref.WeakSet()
 
 @atexit.register
 def _stop_workers() -> None:
-    """At exit multiprocessing asks workers to end by SIGTERM, which ours ignore: end them through their loader first."""
+    """At exit multiprocessing ends workers by SIGTERM, which ours ignore: end them through their loader first."""
     for batches in list(_running):
         batches.close()
 
@@ -148,7 +148,7 @@ class ImageStream:
 def evaluation_batches(
     source: Source, size: tuple[int, int], config: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """This rank's share of a whole source: each sample once over all ranks, centred, the last batch possibly smaller."""
+    """This rank's share of a whole source: each sample once over all ranks, centred; the last batch may be smaller."""
     order = FileOrder(source.counts)
     mine = np.arange(rank, order.num_samples, world_size)
     positions = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

@@ -25,8 +25,14 @@ def newest_of(path: Path) -> Path:
     return found[-1]
 
 
+def run_config(run: Path) -> Config:
+    """The config that a run directory was started with. Raises UserError when it holds none."""
+    return configs.load(["--config", str(run / CONFIG_FILE)])
+
+
 def load_config(checkpoint: Path) -> Config:
-    return configs.load(["--config", str(checkpoint.parent.parent / CONFIG_FILE)])
+    """The config of the run that a checkpoint belongs to."""
+    return run_config(checkpoint.parent.parent)
 
 
 def untrained(config: Config) -> MAE:

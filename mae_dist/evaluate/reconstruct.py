@@ -11,8 +11,7 @@ from mae_dist.data.feed import Normalise
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import load_config, newest_of, trained
 from mae_dist.model.masking import mask_noise
-from mae_dist.track.review import reconstruction_grid
-from mae_dist.train.validate import grey_out
+from mae_dist.train.validate import grey_out, picture
 
 
 @torch.no_grad()
@@ -35,5 +34,4 @@ def reconstruct(run: Path, images: Sequence[Path], out: Path, seed: int = 0) -> 
     noise = mask_noise(seed, torch.zeros_like(ids), ids, config.model.num_patches)
     normalise = Normalise(config.data, pixels.device)
     rebuilt = normalise.undo(trained(checkpoint, config).reconstruct(normalise(pixels), noise))
-    triples = (pixels, grey_out(pixels, noise, config), rebuilt)
-    reconstruction_grid(*(t.permute(0, 2, 3, 1).numpy() for t in triples)).save(out)
+    picture(pixels, grey_out(pixels, noise, config), rebuilt).save(out)

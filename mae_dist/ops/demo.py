@@ -1,6 +1,6 @@
 """Everything once, with the real commands, on images that come with scikit-learn.
 
-Its 1,797 handwritten digits are pretrained on and classified; its two photographs give a reconstruction one can look at.
+Its 1,797 handwritten digits are pretrained on and classified; its two photographs give reconstructions to look at.
 """
 
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,7 @@ def write_digits(directory: Path) -> None:
     """The digits as 16x16 PNGs in class folders, `train/` and `test/`."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()  # a Bunch, which is typed as a pair
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         image = Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
         folder = directory / ("test" if i % TEST_SHARE == 0 else "train") / str(label)
@@ -99,7 +100,7 @@ def demo(directory: Path) -> None:
     from mae_dist.track.place import ui_command
 
     print(
-        "\nRaw pixels do well here because these digits are small and centred; what the demo shows is the encoder before "
-        f"and after pretraining.\n\nReconstructions of parts of the photographs never seen in training: {picture}\n"
+        "\nRaw pixels do well here because these digits are small and centred; what the demo shows is the encoder "
+        f"before and after pretraining.\n\nReconstructions of parts of the photographs never seen in training: {picture}\n"
         f"Both runs in MLflow (choose 'Model training' at the top left):\n  {ui_command(runs)}"
     )

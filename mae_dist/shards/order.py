@@ -1,9 +1,9 @@
 """The order of samples: a pure function of (seed, epoch, position).
 
-Position P of the endless sample stream lies in epoch P // N. In an epoch the shards are permuted, their samples laid end
-to end, the line cut into `lanes` pieces of equal length (+-1), each lane permuted inside windows of `window` samples, and
-the lanes interleaved. Permutations are computed, not stored (a small Feistel network with cycle walking), so any position
-costs the same, a full shuffle of any N needs no memory, and resuming means starting at another number.
+Position P of the endless sample stream lies in epoch P // N. In an epoch the shards are permuted, their samples laid
+end to end, the line cut into `lanes` pieces of equal length (+-1), each lane permuted inside windows of `window`
+samples, and the lanes interleaved. Permutations are computed, not stored (a small Feistel network with cycle walking),
+so any position costs the same, a full shuffle of any N needs no memory, and resuming means starting at another number.
 """
 
 from functools import lru_cache
@@ -25,7 +25,7 @@ class Samples(NamedTuple):
 
     epoch: Ints
     shard: Ints
-    index: Ints
+    row: Ints
     """Place of the sample in its shard."""
     id: Ints
     """Place of the sample in the data set, shards laid end to end in manifest order: its identity in every epoch."""
@@ -79,7 +79,7 @@ class SampleOrder:
     def batch(self, k: int, global_batch_size: int) -> Ints:
         """(shard, index) of the samples of global batch k, (B, 2) int64."""
         samples = self.lookup(np.arange(k * global_batch_size, (k + 1) * global_batch_size))
-        return np.stack([samples.shard, samples.index], axis=1)
+        return np.stack([samples.shard, samples.row], axis=1)
 
     def lookup(self, positions: ArrayLike) -> Samples:
         """Who is at these absolute positions of the stream, (B,) int64 each."""

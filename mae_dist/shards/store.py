@@ -12,7 +12,7 @@ OPEN_SHARDS = 1024  # mapped at once; the kernel allows about 65,000 mappings a 
 
 
 class LocalStore:
-    """Reads the shards of a manifest from a local or mounted file system. Safe to fork: maps are opened at first use."""
+    """Reads the shards of a manifest from a local or mounted disk. Safe to fork: maps are opened at first use."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest

@@ -121,15 +121,15 @@ def _train_and_report(run: Run) -> int:
 
 
 def resume(config: Config, checkpoint: Path, engine: NativeEngine, meta: dict) -> int:
-    """Load a checkpoint; returns the updates it has behind it. Raises UserError when config or data are not the run's."""
+    """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
     saved = read_meta(checkpoint)
     changes = changed(config)
     if saved["data"] != meta["data"]:
         changes.append(f"the training data (was {saved['data']}, now {meta['data']})")
     if changes and not config.train.accept_changes:
         raise UserError(
-            f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another run "
-            "with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
+            f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
+            "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
         )
     engine.load(checkpoint)
     return saved["step"]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mae_dist.config import Config
@@ -34,7 +35,7 @@ class Validation:
         if loss is not None:
             journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
         engine.model.eval()
-        grid = reconstruction_grid(*self.triples(engine))
+        grid = self.draw(engine)
         engine.model.train()
         path = save_picture(grid, self.config.train.run_dir, step)
         journal.write({"kind": "image", "step": step, "key": "reconstruction", "path": path})
@@ -56,13 +57,17 @@ class Validation:
         return summed / count
 
     @torch.no_grad()
-    def triples(self, engine: Engine):
-        """Input, masked and reconstructed images, (n, H, W, C) uint8 each."""
+    def draw(self, engine: Engine) -> Image.Image:
         pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
         images, noise = self.normalise(pixels), self.noise(ids)
         rebuilt = self.normalise.undo(engine.model.reconstruct(images, noise))
-        masked = grey_out(pixels, noise, self.config)
-        return [images.permute(0, 2, 3, 1).cpu().numpy() for images in (pixels, masked, rebuilt)]
+        return picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
+
+
+def picture(pixels: Tensor, masked: Tensor, rebuilt: Tensor) -> Image.Image:
+    """The grid of input, masked and reconstructed images, (n, C, H, W) uint8 each."""
+    whole, seen, guessed = (t.permute(0, 2, 3, 1).cpu().numpy() for t in (pixels, masked, rebuilt))
+    return reconstruction_grid(whole, seen, guessed)
 
 
 def first_images(source: Source, config: Config) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ from mae_dist.data.augment import TRIES, augment, centre, centre_box, random_box
 from mae_dist.data.options import DataConfig
 
 CONFIG = DataConfig()
-PIXELS = np.array(Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90)))
+PIXELS = np.array(
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90))
+)
 
 
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**40), st.floats(0.01, 1), st.floats(0.2, 1))

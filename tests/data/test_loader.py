@@ -30,7 +30,10 @@ def global_batch(shards, k, batch=12, world_size=1, accumulate=1, workers=0):
         for _ in range(accumulate):
             micro = next(batches)
             assert len(micro.ids) == batch // world_size // accumulate
-            found |= {(int(e), int(i)): image.numpy() for e, i, image in zip(micro.epochs, micro.ids, micro.images)}
+            found |= {
+                (int(e), int(i)): image.numpy()
+                for e, i, image in zip(micro.epochs, micro.ids, micro.images, strict=True)
+            }
         batches.close()
     return found
 
@@ -66,9 +69,7 @@ def test_evaluation_sees_every_sample_once(shards, world_size):
     config = DataConfig(shards=str(shards), workers=1)
     source = open_sources(config, SIZE, 3)[0]
     seen = [
-        batch
-        for rank in range(world_size)
-        for batch in evaluation_batches(source, SIZE, config, 8, rank, world_size)
+        batch for rank in range(world_size) for batch in evaluation_batches(source, SIZE, config, 8, rank, world_size)
     ]
     ids, labels = (torch.cat([getattr(batch, name) for batch in seen]) for name in ("ids", "labels"))
     assert sorted(ids.tolist()) == list(range(46))

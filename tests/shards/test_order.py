@@ -9,9 +9,7 @@ from mae_dist.shards import SampleOrder
 from mae_dist.shards.order import FileOrder, permute
 
 counts = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
-orders = st.builds(
-    SampleOrder, counts, seed=st.integers(0, 2**62), lanes=st.integers(1, 20), window=st.integers(0, 50)
-)
+orders = st.builds(SampleOrder, counts, seed=st.integers(0, 2**62), lanes=st.integers(1, 20), window=st.integers(0, 50))
 
 
 @given(st.integers(1, 5000), st.integers(-(2**63), 2**63 - 1))
@@ -36,8 +34,8 @@ def test_each_epoch_holds_every_sample_once(order, epoch):
     samples = order.lookup(np.arange(epoch * n, (epoch + 1) * n))
     assert sorted(samples.id) == list(range(n))
     assert set(samples.epoch) == {epoch}
-    assert (samples.index >= 0).all()
-    assert (samples.index < order.counts[samples.shard]).all()
+    assert (samples.row >= 0).all()
+    assert (samples.row < order.counts[samples.shard]).all()
 
 
 @given(orders, st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 4))
@@ -48,12 +46,10 @@ def test_ranks_share_the_same_global_batches_and_lose_nothing(order, share, worl
     seen = []
     for k in range(batches):
         whole = order.batch(k, batch)
-        parts = [
-            order.lookup(np.arange(k * batch + rank, (k + 1) * batch, world_size)) for rank in range(world_size)
-        ]
+        parts = [order.lookup(np.arange(k * batch + rank, (k + 1) * batch, world_size)) for rank in range(world_size)]
         for rank, part in enumerate(parts):
             assert len(part.id) == share
-            np.testing.assert_array_equal(np.stack([part.shard, part.index], 1), whole[rank::world_size])
+            np.testing.assert_array_equal(np.stack([part.shard, part.row], 1), whole[rank::world_size])
         seen.append(np.stack([part.id for part in parts], axis=1).reshape(-1))  # interleaved: the global batch
     ids = np.concatenate(seen)[: epochs * order.num_samples]
     assert (np.bincount(ids, minlength=order.num_samples) == epochs).all()
@@ -124,5 +120,5 @@ def test_file_order(sizes):
     order = FileOrder(sizes)
     samples = order.lookup(np.arange(order.num_samples))
     flat = [(shard, index) for shard, size in enumerate(sizes) for index in range(size)]
-    assert list(zip(samples.shard.tolist(), samples.index.tolist(), strict=True)) == flat
+    assert list(zip(samples.shard.tolist(), samples.row.tolist(), strict=True)) == flat
     assert samples.id.tolist() == list(range(len(flat)))

@@ -61,13 +61,19 @@ def test_usage(arguments: tuple[str, ...]) -> None:
     assert "set -euo" not in done.stderr
 
 
-@pytest.mark.parametrize(("visible", "count"), [("0,2,5", 3), ("", 1), ("-1", 1)])
-def test_a_process_for_each_visible_gpu(tmp_path: Path, visible: str, count: int) -> None:
-    """A stand-in for the interpreter prints what torchrun would have been told."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    done = torchrun("--config", "a file.yaml", PYTHON=str(python), CUDA_VISIBLE_DEVICES=visible)
+@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("0,2,5", 3), ("", 1), ("-1", 1)])
+def test_a_process_for_each_visible_gpu(tmp_path: Path, visible: str | None, count: int) -> None:
+    """Stand-ins: the interpreter prints what torchrun would have been told, nvidia-smi knows two GPUs, one of them cut."""
+    for name, script in {
+        "python": 'echo "$@"',
+        "nvidia-smi": "echo 'GPU 0: A (UUID: a)'; echo '  MIG 1g.10gb Device 0: (UUID: b)'; echo 'GPU 1: A (UUID: c)'",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    if visible is not None:
+        settings["CUDA_VISIBLE_DEVICES"] = visible
+    done = torchrun("--config", "a file.yaml", **settings)
     assert done.returncode == 0, done.stderr
     assert f"--nproc-per-node={count} --standalone" in done.stdout
     assert done.stdout.endswith("-m mae_dist pretrain --config a file.yaml\n")

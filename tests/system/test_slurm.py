@@ -1,34 +1,72 @@
-"""`sbatch -N 2 launch/slurm.sbatch` trains over two nodes of a real SLURM."""
+"""`sbatch -N 2 launch/slurm.sbatch` over two nodes of a real SLURM: it trains, stops in time, and goes on."""
 
-from __future__ import annotations
-
+import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import slurm
+
+from tests.system import slurm
 
 REPOSITORY = Path(__file__).parents[2]
+SETTINGS = ["--config", "configs/demo.yaml", "--data.fake", "true", "--train.global_batch_size", "8"]
 
 pytestmark = pytest.mark.system
 cluster = slurm.cluster  # the fixture
 
 
-def submit(cluster: slurm.Cluster, log: Path, *arguments: str) -> str:
-    """Sends the job off with one process a node; its number."""
-    options = ["--nodes=2", f"--chdir={REPOSITORY}", f"--output={log}"]
-    settings = {"PYTHON": sys.executable, "NPROC": "1"}
-    return cluster.sbatch(*options, str(REPOSITORY / "launch" / "slurm.sbatch"), *arguments, **settings)
+def submit(cluster: slurm.Cluster, folder: Path, steps: int, *options: str) -> str:
+    """Sends the job off with one process a node; its number. All jobs of a test share a log and a run."""
+    options = ("--nodes=2", f"--chdir={REPOSITORY}", f"--output={folder}/log", *options)
+    arguments = ["--train.runs_dir", f"{folder}/runs", "--train.steps", str(steps), "--train.log_every", "1"]
+    script = str(REPOSITORY / "launch" / "slurm.sbatch")
+    return cluster.sbatch(*options, script, *SETTINGS, *arguments, PYTHON=sys.executable, NPROC="1")
+
+
+def wait_for(folder: Path, text: str, count: int = 1, seconds: float = 200) -> None:
+    """Until `text` is in the log so many times."""
+    log, end = folder / "log", time.monotonic() + seconds
+    while not log.exists() or log.read_text().count(text) < count:
+        assert time.monotonic() < end, f"no {text!r} in\n{log.read_text() if log.exists() else 'a log'}"
+        time.sleep(0.2)
 
 
 def test_two_nodes_train(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    arguments = ["--config", "configs/demo.yaml", "--data.fake", "true", "--train.steps", "4"]
-    arguments += ["--train.runs_dir", str(tmp_path / "runs"), "--train.global_batch_size", "8"]
-    log = tmp_path / "log"
-    job = submit(cluster, log, *arguments)
-    state = cluster.wait(job, "COMPLETED", "FAILED", "NODE_FAIL", seconds=300)
-    said = log.read_text() if log.exists() else ""
-    assert state == "COMPLETED", said
-    for rank in (0, 1):
-        assert f"node {rank} of 2" in said
-    assert list((tmp_path / "runs").glob("*/checkpoints/step-*4")), said
+    job = submit(cluster, tmp_path, 4)
+    state = cluster.wait(job, "COMPLETED", "FAILED", seconds=200)
+    log = (tmp_path / "log").read_text()
+    assert state == "COMPLETED", log
+    # srun puts the node's number before each line: both nodes ran, and rank 0, which writes, was on the first.
+    assert f"0: launch/torchrun.sh: node 0 of 2 (node 0 is {slurm.NODES[0]}:" in log
+    assert "1: launch/torchrun.sh: node 1 of 2" in log
+    assert "0: step 4/4" in log
+    (journal,) = tmp_path.glob("runs/*/journal.jsonl")
+    assert json.loads(journal.read_text().splitlines()[0])["tags"]["world_size"] == "2"
+    assert list(tmp_path.glob("runs/*/checkpoints/step-*4"))
+
+
+def test_a_job_at_its_time_limit_saves_and_the_next_goes_on(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, 100_000)
+    # The second job waits for the first, as the sbatch file advises.
+    following = submit(cluster, tmp_path, 100_000, "--dependency=singleton")
+    wait_for(tmp_path, "0: step ")
+    cluster.run("scancel", "--signal=USR1", job)  # to every process of the step, as --signal=USR1@120 does
+    wait_for(tmp_path, "stopped by signal 10 after step")
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=60) == "FAILED"  # torchrun's status after any signal
+    wait_for(tmp_path, "resumed at step")
+    cluster.run("scancel", following)
+    cluster.wait(following, "CANCELLED", seconds=60)
+
+
+def test_a_preempted_job_goes_on_by_itself(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, 100_000)
+    wait_for(tmp_path, "0: step ")
+    cluster.run("scontrol", "requeue", job)
+    assert cluster.wait(job, "PENDING", seconds=60) == "PENDING"
+    wait_for(tmp_path, "stopped by signal 15 after step")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
+    wait_for(tmp_path, "resumed at step")
+    assert cluster.job(job)["Restarts"] == "1"
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED", seconds=60)

@@ -29,6 +29,13 @@ def clean_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_disk() -> Iterator[None]:
+    """fsync does nothing: these tests end processes, not the power, and a busy disk takes 10 ms for each."""
+    with mock.patch("os.fsync"):
+        yield
+
+
 def write_steps(opened: Journal, first: int, last: int) -> None:
     """Metrics of the steps first..last; a step that is written again is the same again."""
     for step in range(first, last + 1):

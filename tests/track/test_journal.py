@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from mae_dist.track import journal
 from mae_dist.track.journal import Journal, read
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 text = st.text(max_size=8).filter(lambda s: s not in journal.NON_FINITE)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | text,

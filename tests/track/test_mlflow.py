@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server, end_run, start_run, write_picture, write_steps
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -22,12 +21,13 @@ from mae_dist.errors import UserError
 from mae_dist.track import TrackConfig, journal
 from mae_dist.track.mlflow import MLflowTracker, Shipper, follow, sync, ui_command
 from mae_dist.track.state import END_REASON_DIED, State, unsent
+from tests.track.conftest import Server, end_run, start_run, write_picture, write_steps
 
 TRAINER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[3])
-    from conftest import end_run, start_run, write_picture, write_steps
+    from tests.track.conftest import end_run, start_run, write_picture, write_steps
     from mae_dist.track import TrackConfig
     from mae_dist.track.mlflow import MLflowTracker
 
@@ -106,7 +106,7 @@ def wait_for(done: Callable[[], Any], seconds: float = 60) -> None:
 
 def trainer(run_dir: Path, first: int, last: int, ends: str = "well") -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", textwrap.dedent(TRAINER), str(run_dir), f"{first},{last}"]
-    command += [str(Path(__file__).parent), ends]
+    command += [str(Path(__file__).parents[2]), ends]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 

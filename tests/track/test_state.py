@@ -5,12 +5,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_dist.track import journal
 from mae_dist.track.journal import Journal
 from mae_dist.track.state import BATCH_METRICS, NONFINITE_KEY, Batch, Point, State, clean, unsent
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 class Reader:
@@ -54,7 +56,6 @@ actions = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
 @given(plan=actions)
 def test_every_point_once_through_any_history(tmp_path_factory: pytest.TempPathFactory, plan: list) -> None:
     run_dir = tmp_path_factory.mktemp("run")
@@ -152,7 +153,6 @@ def test_a_state_that_cannot_be_read_starts_over(tmp_path: Path, capsys: pytest.
     assert "sent again as a new one" in capsys.readouterr().out
 
 
-@settings(deadline=None)  # imports MLflow
 @given(name=st.text(max_size=300))
 def test_clean_names_are_what_mlflow_takes(name: str) -> None:
     from mlflow.utils.validation import _validate_metric_name, _validate_param_name, _validate_tag_name
