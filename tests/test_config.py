@@ -54,7 +54,7 @@ def test_files_command_line_and_environment_are_layered(tmp_path, monkeypatch):
 
 @given(
     st.floats(1e-8, 1e3), st.integers(0, 2**40), st.sampled_from([32, (32, 48)]),
-    st.sampled_from([None, 3, "elsewhere"]), st.sampled_from(["bf16", "fp32"]), st.one_of(st.none(), st.floats(1e-9, 1)),
+    st.sampled_from([None, 3, "elsewhere"]), st.sampled_from(["bf16", "fp32"]), st.none() | st.floats(1e-9, 1),
 )  # fmt: skip
 def test_the_resolved_config_gives_itself_again(tmp_path_factory, blr, seed, img_size, val_shards, precision, lr):
     c = config.Config()

@@ -35,6 +35,12 @@ def load_config(checkpoint: Path) -> Config:
     return run_config(checkpoint.parent.parent)
 
 
+def load(run: str | Path) -> MAE:
+    """The newest weights of a run (`runs/NAME`), or those of one checkpoint, ready for `encode` and `reconstruct`."""
+    checkpoint = newest_of(Path(run))
+    return trained(checkpoint, load_config(checkpoint))
+
+
 def untrained(config: Config) -> MAE:
     """The model a run starts from: the same seed gives the same weights."""
     torch.manual_seed(config.train.seed)

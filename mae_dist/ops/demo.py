@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from PIL import Image
 
 from mae_dist.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = next(  # of the clone that this package runs from, or (in the container) of the current directory
+    (path for path in (Path(__file__).parents[2] / "configs", Path("configs")) if path.is_dir()), Path("configs")
+)
 TEST_SHARE = 5  # every fifth digit is held out
 TILE, STRIDE = 128, 32  # pixels: pieces of the photographs, shrunk to 64
-SEEN = 0.75  # the left three quarters of each photograph are trained on
+UNSEEN = (0.4, 0.68)  # the part of each photograph's width that is held out
 
 
 def write_digits(directory: Path) -> None:
@@ -35,7 +38,7 @@ def write_digits(directory: Path) -> None:
 
 
 def write_photos(directory: Path) -> list[Path]:
-    """Overlapping 64x64 pieces of the photographs, `train/` from the left of each, `test/` from the right.
+    """Overlapping 64x64 pieces of the photographs, `test/` from a band in the middle of each, `train/` from the rest.
 
     Returns the files of `test/`.
     """
@@ -43,13 +46,17 @@ def write_photos(directory: Path) -> list[Path]:
 
     for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
         height, width = photo.shape[:2]
-        border = int(width * SEEN)
-        for top in range(0, height - TILE + 1, STRIDE):
-            for left in [*range(0, border - TILE + 1, STRIDE), *range(border, width - TILE + 1, STRIDE)]:
-                folder = directory / ("train" if left + TILE <= border else "test")
-                folder.mkdir(parents=True, exist_ok=True)
-                piece = Image.fromarray(photo[top : top + TILE, left : left + TILE])
-                piece.resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{name}_{top:03d}_{left:03d}.png")
+        first, last = (int(width * share) for share in UNSEEN)
+        for top, left in product(range(0, height - TILE + 1, STRIDE), range(0, width - TILE + 1, STRIDE)):
+            if first <= left and left + TILE <= last:
+                folder = directory / "test"
+            elif left + TILE <= first or last <= left:
+                folder = directory / "train"
+            else:
+                continue  # across the border
+            folder.mkdir(parents=True, exist_ok=True)
+            piece = Image.fromarray(photo[top : top + TILE, left : left + TILE])
+            piece.resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{name}_{top:03d}_{left:03d}.png")
     return sorted((directory / "test").iterdir())
 
 
@@ -68,7 +75,7 @@ def run(command: Sequence[str]) -> None:
 def demo(directory: Path) -> None:
     """Shard, pretrain on two processes, k-NN before and after, reconstruct; prints where to look."""
     if not (CONFIGS / "demo.yaml").is_file():
-        raise UserError("the demo runs from a clone of the repository (it reads configs/demo.yaml)")
+        raise UserError("no configs/demo.yaml: run the demo from a clone of the repository")
     try:
         import sklearn.datasets  # noqa: F401
     except ImportError:
@@ -94,13 +101,14 @@ def demo(directory: Path) -> None:
     photos = ["--data.shards", str(shards["photos/train"])]
     run([*pretrain, "--config", str(CONFIGS / "demo_photos.yaml"), *photos, *where])
     picture = str(directory / "reconstruction.png")
-    run(["mae-dist", "reconstruct", str(runs / "photos"), *map(str, unseen[2::5][:12]), "--out", picture])
+    run(["mae-dist", "reconstruct", str(runs / "photos"), *map(str, unseen[1::3][:12]), "--out", picture])
     train, test = str(shards["digits/train"]), str(shards["digits/test"])
     run(["mae-dist", "knn", str(runs / "digits"), "--train", train, "--test", test])
     from mae_dist.track.place import ui_command
 
     print(
         "\nRaw pixels do well here because these digits are small and centred; what the demo shows is the encoder "
-        f"before and after pretraining.\n\nReconstructions of parts of the photographs never seen in training: {picture}\n"
+        "before and after pretraining.\n\n"
+        f"Reconstructions of a part of the photographs never seen in training: {picture}\n"
         f"Both runs in MLflow (choose 'Model training' at the top left):\n  {ui_command(runs)}"
     )

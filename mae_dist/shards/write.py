@@ -84,7 +84,7 @@ def find_images(images: Path) -> tuple[list[Source], list[str]]:
 
 
 def unique_keys(paths: Sequence[Path]) -> list[str]:
-    """A key for each path: its parts without the suffix, dots and slashes as `_`, with a hash where that is not unique."""
+    """A key for each path: its parts without the suffix, dots and slashes as `_`, a hash added where not unique."""
     plain = [
         "_".join(path.with_suffix("").parts).replace(".", "_").encode("ascii", "replace").decode().replace("?", "_")
         for path in paths

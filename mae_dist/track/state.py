@@ -167,7 +167,7 @@ class State:
             return
         self.starts.append(time)
         self.died = self.died if time < self.died else 0.0
-        batch.points.append(Point("attempt", float(len(self.starts)), time, int(record.get("step", 0))))
+        batch.points.append(Point("progress/attempt", float(len(self.starts)), time, int(record.get("step", 0))))
         for name, value in (record.get("params") or {}).items():
             key = clean(str(name))
             if key not in self.params:

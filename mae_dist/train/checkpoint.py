@@ -57,7 +57,7 @@ class Checkpoints:
         return self.world.broadcast(found[-1] if found else None)
 
     def save(self, step: int, write: Callable[[Path], list[Path]], meta: dict) -> Path:
-        """Commit what `write(directory)`, called on every rank, leaves in a directory; `meta` goes beside it as JSON."""
+        """Commit what `write(directory)`, called on every rank, leaves in a directory, with `meta` as JSON."""
         final = self.root / f"step-{step:08d}"
         aside = self.root / f".{final.name}"
         if self.world.is_main:

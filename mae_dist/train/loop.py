@@ -60,6 +60,8 @@ def train(run: Run) -> None:
     normalise = Normalise(run.config.data, run.world.device)
     meters = Meters(run.world, config.global_batch_size)
     progress = Progress(run.start, run.total_steps)
+    if run.journal and run.start == 0:
+        run.validation.draw(0, run.engine, run.journal)  # the untrained model; and drawing fails now or never
     for k in range(run.start, run.total_steps):
         for micro in range(run.accumulate):
             batch = next(feed)

@@ -34,11 +34,17 @@ class Validation:
             return
         if loss is not None:
             journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
-        engine.model.eval()
-        grid = self.draw(engine)
-        engine.model.train()
+        self.draw(step, engine, journal)
+
+    @torch.no_grad()
+    def draw(self, step: int, engine: Engine, journal: Journal) -> None:
+        """Write the picture of reconstructions, on rank 0."""
+        pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
+        images, noise = self.normalise(pixels), self.noise(ids)
+        rebuilt = self.normalise.undo(engine.model.reconstruct(images, noise))
+        grid = picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
         path = save_picture(grid, self.config.train.run_dir, step)
-        journal.write({"kind": "image", "step": step, "key": "reconstruction", "path": path})
+        journal.write({"kind": "image", "step": step, "key": "review/reconstruction", "path": path})
 
     def noise(self, ids: Tensor) -> Tensor:
         """The fixed masks of evaluation: keyed by the sample alone."""
@@ -55,13 +61,6 @@ class Validation:
             total += torch.stack([loss.double() * len(ids), torch.tensor(len(ids), device=world.device)])
         summed, count = world.sum(total).tolist()
         return summed / count
-
-    @torch.no_grad()
-    def draw(self, engine: Engine) -> Image.Image:
-        pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
-        images, noise = self.normalise(pixels), self.noise(ids)
-        rebuilt = self.normalise.undo(engine.model.reconstruct(images, noise))
-        return picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
 
 
 def picture(pixels: Tensor, masked: Tensor, rebuilt: Tensor) -> Image.Image:

@@ -94,7 +94,7 @@ def test_timm_loads_the_encoder_strictly():
     )
     vit.eval().load_state_dict(exported, strict=True)
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model.encode(images), vit.forward_features(images), rtol=0, atol=2e-6)
+    torch.testing.assert_close(model.encode(images), vit.forward_features(images), rtol=0, atol=1e-5)
     assert_same(convert(vit.state_dict(), "timm", "mae_dist"), {f"encoder.{k}": t for k, t in exported.items()})
 
 

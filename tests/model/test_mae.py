@@ -182,7 +182,7 @@ def test_encode_is_timms_forward_features(name):
     images, _ = batch(model)
     features = model.encoder.forward_features(images)
     assert features.shape == (3, 17, 32)
-    torch.testing.assert_close(model.encode(images), features, rtol=0, atol=2e-6)
+    torch.testing.assert_close(model.encode(images), features, rtol=0, atol=1e-5)
 
 
 def test_features_of_gathered_patches_at_mask_zero():
@@ -191,7 +191,7 @@ def test_features_of_gathered_patches_at_mask_zero():
     ids = noise.argsort(1)
     features = model.encoder.forward_features(images)
     torch.testing.assert_close(
-        model.encode_patches(patchify(images, 8), ids)[:, 1:], take(features[:, 1:], ids), rtol=0, atol=2e-6
+        model.encode_patches(patchify(images, 8), ids)[:, 1:], take(features[:, 1:], ids), rtol=0, atol=1e-5
     )
 
 

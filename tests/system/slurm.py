@@ -30,7 +30,6 @@ SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={root}/munge/socket
-CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/%n/slurmd.pid

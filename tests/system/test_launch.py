@@ -63,7 +63,7 @@ def test_usage(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(("visible", "count"), [(None, 2), ("0,2,5", 3), ("", 1), ("-1", 1)])
 def test_a_process_for_each_visible_gpu(tmp_path: Path, visible: str | None, count: int) -> None:
-    """Stand-ins: the interpreter prints what torchrun would have been told, nvidia-smi knows two GPUs, one of them cut."""
+    """Stand-ins: the interpreter prints what torchrun would have been told, nvidia-smi knows two GPUs."""
     for name, script in {
         "python": 'echo "$@"',
         "nvidia-smi": "echo 'GPU 0: A (UUID: a)'; echo '  MIG 1g.10gb Device 0: (UUID: b)'; echo 'GPU 1: A (UUID: c)'",

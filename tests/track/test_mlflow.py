@@ -135,7 +135,7 @@ def test_a_server_that_comes_up_late_gets_everything(
     run = check_copy(run_dir, 400)
     assert run.data.tags["mae_dist.end"] == "all steps done"
     assert client_of(run_dir).get_experiment(run.info.experiment_id).artifact_location.startswith("mlflow-artifacts:")
-    assert "attempt" in run.data.metrics
+    assert "progress/attempt" in run.data.metrics
     assert ui_command(run_dir) == server.url
 
 
@@ -159,7 +159,7 @@ def test_a_killed_trainer_is_said_to_be_dead_and_resumes(tmp_path: Path) -> None
     process.communicate(timeout=90)
     run = check_copy(run_dir, 50, number_of_pictures=2)
     assert run.data.tags["mae_dist.attempts"] == "2"
-    assert history(run_dir, "attempt") == [(0, 1.0), (20, 2.0)]
+    assert history(run_dir, "progress/attempt") == [(0, 1.0), (20, 2.0)]
     assert [run.info.run_name for run in client_of(run_dir).search_runs(["1"])] == ["run"]
     assert (
         ui_command(run_dir) == ui_command(tmp_path) == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"

@@ -95,7 +95,7 @@ def test_every_point_once_through_any_history(tmp_path_factory: pytest.TempPathF
     )
     counted = [point.value for point in reader.sent if point.key == NONFINITE_KEY]
     assert counted == list(range(1, furthest // 3 + 1))
-    assert [point.value for point in reader.sent if point.key == "attempt"] == list(range(1, attempts + 1))
+    assert [point.value for point in reader.sent if point.key == "progress/attempt"] == list(range(1, attempts + 1))
     assert unsent(run_dir) == 0
 
 
