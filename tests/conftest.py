@@ -59,7 +59,8 @@ def mae_dist(*arguments, processes: int = 0, check: bool = True, timeout: int = 
     """Run the real command line, alone or under torchrun with `processes` processes."""
     launcher = [sys.executable, "-m", "mae_dist"]
     if processes:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        torchrun.append(f"--nproc-per-node={processes}")
         launcher = [*torchrun, "-m", "mae_dist"]
     done = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
     if check and done.returncode:

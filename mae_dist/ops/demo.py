@@ -94,7 +94,8 @@ def demo(directory: Path) -> None:
     }
     for name, out in shards.items():
         run(["mae-dist", "shard", str(images / name), str(out), "--shard-size", "250", "--workers", "2"])
-    pretrain = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "mae_dist", "pretrain"]
+    pretrain = ["torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    pretrain += ["-m", "mae_dist", "pretrain"]
     where = ["--train.runs_dir", str(runs)]
     digits = ["--data.shards", str(shards["digits/train"]), "--data.val_shards", str(shards["digits/test"])]
     run([*pretrain, "--config", str(CONFIGS / "demo.yaml"), *digits, *where])

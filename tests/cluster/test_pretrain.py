@@ -68,7 +68,8 @@ def test_the_same_curve_however_the_batch_is_cut(shards, undisturbed, tmp_path, 
 
 def kill_one_rank(shards: Path, runs: Path, at_step: int) -> None:
     """Start two processes and SIGKILL the second when the journal shows `at_step`."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mae_dist"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    torchrun += ["--nproc-per-node=2", "-m", "mae_dist"]
     job = subprocess.Popen([*torchrun, *arguments(shards, runs)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, deadline = runs / "t" / "journal.jsonl", time.monotonic() + 90
     while not (journal.exists() and f'"step":{at_step},' in journal.read_text()):
