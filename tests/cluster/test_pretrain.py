@@ -179,7 +179,7 @@ def test_two_ranks_that_find_a_mistake_say_it_once(shards, tmp_path):
 
 
 def test_numbers_that_stay_bad_stop_the_run_with_good_weights(shards, tmp_path):
-    """A learning rate of 1e30 ruins the weights in one finite update; the later ones are skipped until the run stops."""
+    """A learning rate of 1e30 ruins the weights in one finite update; the next ones are skipped until the run stops."""
     more = ["--optim.lr=1e30", "--optim.warmup_epochs=0", "--train.max_skipped=3", "--train.save_every=100"]
     done = mae_dist(*arguments(shards, tmp_path, *more), check=False)
     assert done.returncode == 1
