@@ -1,4 +1,4 @@
-"""Bytes at a place: a local path, anything fsspec opens (s3://, gs://, https://), or a command (webdataset's `pipe:`)."""
+"""Bytes at a place: a local path, any fsspec URL (s3://, gs://, https://), or a command (webdataset's `pipe:`)."""
 
 import subprocess
 from pathlib import Path
