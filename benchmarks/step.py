@@ -194,13 +194,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps a way and round (1 on cpu, 10 on cuda)")
-    parser.add_argument("--warmup", type=int, help="steps before the first round (1 on cpu, 5 on cuda)")
+    parser.add_argument("--warmup", type=int, help="steps before the first round (3 on cpu, 5 on cuda)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     args.steps = args.steps or (10 if args.device == "cuda" else 1)
-    args.warmup = args.warmup or (5 if args.device == "cuda" else 1)
+    args.warmup = args.warmup or (5 if args.device == "cuda" else 3)
 
     if args.device == "cpu":
         keep_memory()

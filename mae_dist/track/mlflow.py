@@ -156,8 +156,13 @@ class Shipper:
         from mlflow import MlflowClient
 
         uri = tracking_uri(self.run_dir.parent, self.config.tracking_uri)
-        client = MlflowClient(uri)
-        with opening(uri, self.run_dir.parent):
+        with opening(uri, self.run_dir.parent) as missing:
+            if missing:  # made aside: killed half-way, a store that is there would be broken for ever
+                aside = missing.with_suffix(".new")
+                aside.unlink(missing_ok=True)
+                MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+                aside.rename(missing)
+            client = MlflowClient(uri)
             experiment = self._experiment(client, uri)
         if self.state.run_id and not is_there(client, self.state.run_id):
             print(f"MLflow has no run {self.state.run_id} (any more); sending everything to a new one", flush=True)

@@ -32,16 +32,20 @@ def is_server(uri: str) -> bool:
 
 
 @contextmanager
-def opening(uri: str, runs_dir: Path) -> Iterator[None]:
-    """Hold this while opening `uri`: processes that open one fresh sqlite file together break each other."""
+def opening(uri: str, runs_dir: Path) -> Iterator[Path | None]:
+    """Hold this while opening `uri`: processes that open one fresh sqlite file together break each other.
+
+    Yields the sqlite file when there is none yet.
+    """
     if is_server(uri):
-        yield
+        yield None
         return
-    file = uri.partition("sqlite:///")[2].partition("?")[0]
-    lock = Path(file).resolve().with_suffix(".lock") if file else runs_dir / "mlflow.lock"
+    name = uri.partition("sqlite:///")[2].partition("?")[0]
+    file = Path(name).resolve() if name else None
+    lock = file.with_suffix(".lock") if file else runs_dir / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        yield
+        yield None if file is None or file.exists() else file
 
 
 def user() -> str:

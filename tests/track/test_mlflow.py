@@ -167,6 +167,16 @@ def test_a_killed_trainer_is_said_to_be_dead_and_resumes(tmp_path: Path) -> None
     assert (tmp_path / "mlartifacts" / run.info.run_id / "artifacts/config.yaml").is_file()
 
 
+def test_a_store_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    opened = start_run(tmp_path / "a")
+    write_steps(opened, 1, 3)
+    end_run(opened)
+    (tmp_path / "mlflow.new").write_bytes(b"half a database")
+    summary = sync(tmp_path / "a")
+    assert (summary.status, summary.unsent, summary.error) == ("FINISHED", 0, None)
+    assert not (tmp_path / "mlflow.new").exists()
+
+
 @pytest.mark.dist
 def test_several_shippers_on_a_fresh_store(tmp_path: Path) -> None:
     for name in "ab":
