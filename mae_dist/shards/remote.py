@@ -27,8 +27,8 @@ def open_stream(place: str) -> IO[bytes]:
         process = subprocess.Popen(place[len(PIPE) :], shell=True, stdout=subprocess.PIPE)
         assert process.stdout
         return _Piped(process)  # type: ignore[return-value]
-    stream: Any = fsspec.open(place, "rb").open()
-    return stream
+    opening: Any = fsspec.open(place, "rb")
+    return opening.open()
 
 
 def read_range(place: str, start: int, end: int) -> bytes:
