@@ -3,7 +3,7 @@
 `manifest.json` lists the shards; beside it lies `NAME.idx.npy` for each `NAME.tar`, an int64 table of one row a sample
 (offset and length of the image's bytes in the tar, label or -1). Counts alone decide the order; only reading touches
 the tables. The tars lie in the same directory, or anywhere: then their names are URLs or absolute paths.
-`_info.json` (timm) and `sizes.json` (open_clip) say the same to other readers.
+`_info.json` (timm), `sizes.json` (open_clip) and `wids.json` (wids) say the same to other readers.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ class Shard:
     """Samples in it."""
     num_bytes: int
     sha256: str
+    md5: str = ""
+    """For wids; empty: not known."""
     index: str = ""
     """File name of the index beside the manifest; empty: that of the tar, `.idx.npy` for `.tar`."""
 
@@ -83,23 +85,40 @@ class Manifest:
         )
 
     def save(self) -> None:
-        """Write `manifest.json` and its two translations for timm and open_clip."""
+        """Write `manifest.json` and what it says for other readers; files of theirs that are there already stay."""
         listing = {
             "version": VERSION,
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        names = [shard.name for shard in self.shards]
-        lengths = [shard.count for shard in self.shards]
-        split = {"name": "train", "num_samples": self.num_samples, "filenames": names, "shard_lengths": lengths}
-        (self.directory / "sizes.json").write_text(json.dumps(dict(zip(names, lengths, strict=True)), indent=1) + "\n")
-        (self.directory / "_info.json").write_text(json.dumps({"splits": {"train": split}}, indent=1) + "\n")
+        for name, content in self._translations().items():
+            if not (self.directory / name).exists():
+                (self.directory / name).write_text(json.dumps(content, indent=1) + "\n")
         (self.directory / FILE_NAME).write_text(json.dumps(listing, indent=1) + "\n")
 
+    def _translations(self) -> dict[str, dict]:
+        """The same for wids, and, for readers that want the tars beside it, timm and open_clip."""
+        names = [shard.name for shard in self.shards]
+        lengths = [shard.count for shard in self.shards]
+        entries = [
+            {"url": s.name, "nsamples": s.count, "filesize": s.num_bytes} | ({"md5sum": s.md5} if s.md5 else {})
+            for s in self.shards
+        ]
+        wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "train", "shardlist": entries}
+        if any(self.place(i) != str(self.directory / name) for i, name in enumerate(names)):
+            return {"wids.json": wids}
+        split = {"name": "train", "num_samples": self.num_samples, "filenames": names, "shard_lengths": lengths}
+        return {
+            "wids.json": wids,
+            "_info.json": {"splits": {"train": split}},
+            "sizes.json": dict(zip(names, lengths, strict=True)),
+        }
+
     @staticmethod
-    def load(directory: str | Path) -> "Manifest":
+    def load(directory: str | Path, check: bool = True) -> "Manifest":
         """Read a directory of shards and check that every file is there at its full size (remote ones: when fetched).
 
+        `check`: look at the files too, not only at the manifest.
         Raises UserError, naming the file, when the manifest is missing or broken or a shard is missing or cut short.
         """
         directory = Path(directory)
@@ -114,7 +133,7 @@ class Manifest:
             raise UserError(f"{path}: not a manifest of mae-dist ({error!r}); shard the images again") from error
         if listing["version"] != VERSION:
             raise UserError(f"{path}: version {listing['version']}, this mae-dist reads {VERSION}; shard again")
-        for i in range(len(shards)):
+        for i in range(len(shards) if check else 0):
             manifest._check_shard(i)
         return manifest
 
