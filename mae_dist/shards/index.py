@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import groupby
@@ -63,7 +63,7 @@ def samples(archive: Iterator[Member]) -> Iterator[Sample]:
                 raise BadTar(f"holds {member.name!r} twice")
             files[suffix] = member
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-        yield Sample(key, image, label_of(files))
+        yield Sample(key, image, integer_label({suffix: member.data for suffix, member in files.items()}))
 
 
 def sample_name(name: str) -> re.Match | None:
@@ -71,12 +71,12 @@ def sample_name(name: str) -> re.Match | None:
     return None if "/" not in name and name.startswith("__") and name.endswith("__") else NAME.fullmatch(name)
 
 
-def label_of(files: dict[str, Member]) -> int:
-    """The integer of `.cls`, else of `label` or `cls` in `.json`, else -1."""
+def integer_label(files: Mapping[str, bytes]) -> int:
+    """The integer of `.cls`, else of `label` or `cls` in `.json`, else -1. `files`: bytes by suffix."""
     try:
         if "cls" in files:
-            return int(files["cls"].data)
-        values = json.loads(files["json"].data) if "json" in files else {}
+            return int(files["cls"])
+        values = json.loads(files["json"]) if "json" in files else {}
         found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
         return found if isinstance(found, int) and not isinstance(found, bool) else -1
     except ValueError:
