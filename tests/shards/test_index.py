@@ -5,6 +5,9 @@ import io
 import json
 import shutil
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +185,30 @@ def test_remote_shards_and_pipes_have_a_local_manifest(shards, tmp_path):
     train, held_out = manifest.split(1)  # a part finds its tables all the same
     assert [*map(train.index_path, range(2)), held_out.index_path(0)] == [*map(manifest.index_path, range(3))]
     assert not (tmp_path / "out" / "_info.json").exists()
+
+
+@pytest.fixture
+def http(shards):
+    """The address of a web server on loopback that has the shards."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_shards_on_a_web_server(shards, http, tmp_path):
+    out = tmp_path / "out"
+    done = mae_dist("index", f"{http}/train-{{00000..00004}}.tar", "--out", out, "--workers", 2)
+    assert f"{out}: 46 images in 5 shards" in done.stdout
+    ours, there = Manifest.load(shards), Manifest.load(out)
+    assert there.digest == ours.digest
+    assert [there.place(i) for i in range(5)] == [f"{http}/{entry.name}" for entry in ours.shards]
+    assert [path.name for path in sorted(out.glob("*.npy"))] == [f"train-0000{i}.idx.npy" for i in range(5)]
+    assert "nothing wrong" in mae_dist("verify", out, "--workers", 2).stdout
+    assert "--data.lanes 256" in mae_dist("info", out).stdout
+    missing = mae_dist("index", f"{http}/train-00005.tar", "--out", tmp_path / "none", check=False)
+    assert missing.returncode == 2 and "train-00005.tar: cannot be read: FileNotFoundError" in missing.stderr
 
 
 def test_broken_shards_are_listed_or_left_out(copy):
