@@ -7,9 +7,10 @@ that comes back later in the same shard, or two files of one name.
 import json
 import multiprocessing
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,7 @@ from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
 from mae_dist.shards.tar import BadTar, Digested, Member, members
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+PAUSES = (0.5, 2)  # seconds before a remote shard is read again
 SHOWN = 10  # broken shards listed in an error
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -134,7 +136,8 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     """Write `manifest.json` and a table for each shard into `out`.
 
     `urls`: brace patterns of local paths, fsspec URLs or `pipe:` commands. `out`: None for local tars of one directory
-    means that directory. `max_bad`: how many broken shards to leave out. Raises UserError, listing the broken ones.
+    means that directory. `max_bad`: how many broken shards to leave out. Raises UserError, listing the broken ones; the
+    same call again, or after a kill, reads only what is missing.
     """
     places = [expanded if remote.is_remote(expanded) else str(Path(expanded).absolute())
               for url in urls for expanded in expand(url)]  # fmt: skip
@@ -145,25 +148,47 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     if (out / FILE_NAME).exists():
         raise UserError(f"{out / FILE_NAME}: already exists; remove it to index again, or write another --out DIR")
     out.mkdir(parents=True, exist_ok=True)
-    shards, tables, without, bad = [], [], 0, []
-    with tqdm(total=len(places), unit="shard", desc=f"index {out}", dynamic_ncols=True) as bar:
-        for place, table, found in zip(places, index_names(places), each(places, workers), strict=True):
-            bar.update()
-            if isinstance(found, str):
+    progress = out / f".index-{sha256(chr(0).join(places).encode()).hexdigest()[:16]}.jsonl"
+    done = recorded(progress)
+    scans = each([place for place in places if place not in done], workers)
+    shards, without, bad = [], 0, []
+    with progress.open("w") as record:
+        record.writelines(json.dumps([asdict(shard), lacking]) + "\n" for shard, lacking in done.values())
+        for place, table in zip(tqdm(places, unit="shard", desc=f"index {out}"), index_names(places), strict=True):
+            if place in done:
+                shard, lacking = done[place]
+            elif isinstance(found := next(scans), str):
                 bad.append(found)
                 continue
-            np.save(out / table, found.rows)
-            tables.append(out / table)
+            else:
+                shard, lacking = found.shard, found.without_image
+                np.save(out / table, found.rows)
+                record.write(json.dumps([asdict(shard), lacking]) + "\n")
+                record.flush()
             name = Path(place).name if place == str(out / Path(place).name) else place
-            shards.append(replace(found.shard, name=name, index="" if table == index_name(name) else table))
-            without += found.without_image
+            shards.append(replace(shard, name=name, index="" if table == index_name(name) else table))
+            without += lacking
     if bad and (len(bad) > max_bad or not shards):
-        for table in tables:
-            table.unlink()
         raise UserError(refusal(bad, len(places)))
     manifest = Manifest(out, shards)
     manifest.save()
+    progress.unlink()
     return Indexed(manifest, without, bad)
+
+
+def recorded(progress: Path) -> dict[str, tuple[Shard, int]]:
+    """By place, what an `index` of the same places that did not end well has done already; not what changed since."""
+    lines = progress.read_text().splitlines(keepends=True) if progress.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {e["name"]: (Shard(**e), lacking) for e, lacking in entries if not resized(e["name"], e["num_bytes"])}
+
+
+def resized(place: str, num_bytes: int) -> bool:
+    """Whether a shard has another size than it had, as far as that can be seen."""
+    try:
+        return not place.startswith(remote.PIPE) and remote.size(place) != num_bytes
+    except Exception:  # file systems raise what they like
+        return True
 
 
 def each(places: Sequence[str], workers: int) -> Iterator[Scan | str]:
@@ -176,12 +201,19 @@ def each(places: Sequence[str], workers: int) -> Iterator[Scan | str]:
 
 
 def scan_or_say(place: str) -> Scan | str:
-    try:
-        return scan(place)
-    except BadTar as error:
-        return f"{place}: {error}"
-    except Exception as error:  # file systems raise what they like
-        return f"{place}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+    """A remote shard has a few chances: connections break, also in the middle."""
+    said = ""
+    for pause in (*PAUSES, 0) if remote.is_remote(place) else (0,):
+        try:
+            return scan(place)
+        except FileNotFoundError as error:
+            return f"{place}: cannot be read: FileNotFoundError: {error}"
+        except BadTar as error:
+            said = f"{place}: {error}"
+        except Exception as error:  # file systems raise what they like
+            said = f"{place}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+        time.sleep(pause)
+    return said
 
 
 def directory_of(places: Sequence[str]) -> Path:
