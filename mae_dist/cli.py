@@ -14,6 +14,9 @@ from mae_dist.errors import UserError
 USAGE = """usage: mae-dist COMMAND ...
 
   shard        a directory of images -> WebDataset shards
+  index        tar shards that somebody else made -> a manifest, so that they can be trained on as they are
+  verify       read shards again and list what is wrong with them
+  info         what is in a directory of shards, with a contact sheet if wanted
   pretrain     shards -> a pretrained encoder (alone, or on every process that torchrun starts)
   knn          k-NN accuracy of a run's frozen encoder, beside raw pixels and the untrained encoder
   reconstruct  a picture of what a run's model makes of masked images
@@ -49,6 +52,64 @@ def shard(arguments: Sequence[str]) -> int:
         f"{given.out}: {manifest.num_samples} images, {len(manifest.classes)} classes, "
         f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
     )
+    return 0
+
+
+def index(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist index", description="Make a manifest and indexes for WebDataset shards made elsewhere.")
+    parser.add_argument("urls", nargs="+", help="tars, or patterns such as 'https://host/train-{0000..1023}.tar': "
+                        "local, any fsspec URL, or 'pipe:COMMAND'")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the manifest (the directory of local tars)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--max-bad", type=int, default=0, metavar="N", help="broken shards to leave out (%(default)s)")
+    given = parser.parse_args(arguments)
+    from mae_dist.shards.index import index as make
+
+    made = make(given.urls, given.out, given.workers, given.max_bad)
+    manifest, size = made.manifest, sum(s.num_bytes for s in made.manifest.shards)
+    print(f"{manifest.directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, {size / 1e6:.1f} MB")
+    if made.without_image:
+        print(f"left out: {made.without_image} samples without an image")
+    for bad in made.bad:
+        print(f"left out: {bad}")
+    return 0
+
+
+def verify(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "mae-dist verify",
+        description="Read shards again: sizes, checksums, counts, indexes, keys, every image decoded. "
+        "Lists what is wrong by shard and key; exit status 1 when something is.",
+    )
+    parser.add_argument("shards", type=Path, help="directory with a manifest")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
+    given = parser.parse_args(arguments)
+    from mae_dist.shards.manifest import Manifest
+    from mae_dist.shards.verify import verify as check
+
+    manifest = Manifest.load(given.shards, check=False)
+    count = 0
+    for problem in check(manifest, given.workers):
+        print(problem, flush=True)
+        count += 1
+    found = f"{count} problems" if count else "nothing wrong"
+    print(f"{given.shards}: {manifest.num_samples} images in {len(manifest.shards)} shards: {found}")
+    return 1 if count else 0
+
+
+def info(arguments: Sequence[str]) -> int:
+    parser = Parser("mae-dist info", description="Counts, sizes, classes, and how well the shards are shuffled.")
+    parser.add_argument("shards", type=Path, help="directory with a manifest")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw a contact sheet of 64 images, a PNG")
+    given = parser.parse_args(arguments)
+    from mae_dist.shards.info import contact_sheet, describe
+    from mae_dist.shards.manifest import Manifest
+
+    manifest = Manifest.load(given.shards)
+    print(describe(manifest))
+    if given.sheet:
+        contact_sheet(manifest).save(given.sheet, "PNG")
+        print(given.sheet)
     return 0
 
 
@@ -115,6 +176,9 @@ def demo(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "shard": shard,
+    "index": index,
+    "verify": verify,
+    "info": info,
     "pretrain": pretrain,
     "knn": knn,
     "reconstruct": reconstruct,

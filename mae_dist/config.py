@@ -5,6 +5,7 @@ and type checks are jsonargparse's; the messages are ours: file, key, what was e
 """
 
 import dataclasses
+import math
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,18 @@ class Config:
         self.data.check(self.model.in_chans)
         self.optim.check()
         self.train.check()
+        if self.data.mode == "webdataset" and not self.data.epoch_size and not self.train.steps:
+            raise UserError(
+                "data.epoch_size: not set, and a list of shards does not say how many images it holds; "
+                "write --data.epoch_size N, or how long to train: --train.steps N"
+            )
+
+    def with_epoch_size(self) -> "Config":
+        """The same with `data.epoch_size` said where it follows from `train.steps`."""
+        if self.data.mode == "exact" or self.data.epoch_size or not self.train.steps:
+            return self
+        size = math.ceil(self.train.steps * self.train.global_batch_size / self.train.epochs)
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, epoch_size=size))
 
     def to_yaml(self) -> str:
         """Every value, defaults too; loading it gives this config again."""
@@ -147,7 +160,7 @@ def check_key(key: str, where: str) -> None:
     if section not in sections:
         near = get_close_matches(key, [*sections, *KEYS], n=1)
     else:  # one clear answer, or a few
-        near = best[:1] if best and similar[best[0]] > 0.9 else best[:3]
+        near = best[:1] if best and similar[best[0]] > 0.9 else best[:4]
     hint = f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(sections)}"
     raise UserError(f"{where}{key}: unknown key, {hint}")
 

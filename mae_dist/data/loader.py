@@ -150,10 +150,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """This rank's share of a whole source: each sample once over all ranks, centred; the last batch may be smaller."""
     order = FileOrder(source.counts)
-    mine = np.arange(rank, order.num_samples, world_size)
-    positions = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    mine = range(rank, order.num_samples, world_size)
+    positions = (np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size))
+    workers = min(config.workers, -(-len(mine) // batch_size))
     view = partial(_centre_view, size=size, config=config)
-    return _batches(Views(source, order.lookup, view), positions, min(config.workers, len(positions)))
+    return _batches(Views(source, order.lookup, view), positions, workers)
 
 
 def _centre_view(

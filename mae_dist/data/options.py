@@ -1,6 +1,7 @@
 """What the data is and how it is cut. The defaults are the paper's pretraining augmentation (appendix A.1)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mae_dist.errors import UserError
 
@@ -8,7 +9,12 @@ from mae_dist.errors import UserError
 @dataclass(frozen=True)
 class DataConfig:
     shards: str | None = None
-    """Directory of training shards, as `mae-dist shard` makes it."""
+    """Directory of training shards with a manifest, as `mae-dist shard` and `mae-dist index` make it."""
+    mode: Literal["exact", "webdataset"] = "exact"
+    """webdataset: `shards` is a list that cannot be indexed ('https://host/{000..063}.tar', 'pipe:...'), read as it
+    comes: neither exact nor resumable."""
+    epoch_size: int | None = None
+    """Images called an epoch in mode webdataset; None: as many as make `train.steps` last `train.epochs`."""
     val_shards: int | str | None = None
     """Held-out shards for the validation loss: a directory, or how many of the training shards to hold out."""
     fake: bool = False
@@ -42,6 +48,7 @@ class DataConfig:
             )
         if self.shards and self.fake:
             raise UserError("data.fake: true, but data.shards is set too; leave one of them out")
+        self._check_mode()
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, in_chans):
                 raise UserError(
@@ -59,3 +66,27 @@ class DataConfig:
             raise UserError(f"data.eval_crop: {self.eval_crop} is not in (0, 1]")
         if self.workers < 0 or self.lanes < 1 or self.window < 0 or self.fake_size < 1:
             raise UserError("data: workers and window must be at least 0, lanes and fake_size at least 1")
+
+    def _check_mode(self) -> None:
+        shards = self.shards or ""
+        listed = any(mark in shards for mark in ("://", "pipe:", "{")) or shards.endswith(".tar")
+        if self.mode == "exact" and listed:
+            raise UserError(
+                f"data.shards: {self.shards} is a list of shards, not a directory with a manifest; make one with: "
+                f"mae-dist index '{self.shards}' --out DIR, then --data.shards DIR "
+                "(or, for what cannot be indexed: --data.mode webdataset)"
+            )
+        if self.mode == "exact" and self.epoch_size is not None:
+            raise UserError("data.epoch_size: an exact epoch is every image once; leave it out")
+        if self.mode == "webdataset":
+            if not listed:
+                raise UserError(
+                    f"data.mode: webdataset, but data.shards is {self.shards}; write a list of tars such as "
+                    "'/data/train-{0000..0063}.tar', or leave data.mode out"
+                )
+            if isinstance(self.val_shards, int):
+                raise UserError("data.val_shards: nothing can be held out of a list; write a directory of other shards")
+            if self.lanes != 1 or self.window:
+                raise UserError("data.lanes, data.window: mode webdataset has no order to set; leave them out")
+            if self.epoch_size is not None and self.epoch_size < 1:
+                raise UserError(f"data.epoch_size: {self.epoch_size}: write a number of at least 1")

@@ -74,6 +74,13 @@ def open_sources(config: DataConfig, image_size: tuple[int, int], channels: int)
     """The training and the held-out source of a config (None: nothing held out). Raises UserError for bad shards."""
     if config.fake:
         return FakeSource(config.fake_size, image_size, channels), None
+    if config.mode == "webdataset":
+        from mae_dist.data.resampled import ResampledSource  # the one mode that needs webdataset
+
+        held_out = (
+            ShardSource(Manifest.load(config.val_shards), channels) if isinstance(config.val_shards, str) else None
+        )
+        return ResampledSource(config, channels), held_out
     train = Manifest.load(config.shards or "")
     if isinstance(config.val_shards, str):
         val = Manifest.load(config.val_shards)

@@ -4,6 +4,12 @@ Position P of the endless sample stream lies in epoch P // N. In an epoch the sh
 end to end, the line cut into `lanes` pieces of equal length (+-1), each lane permuted inside windows of `window`
 samples, and the lanes interleaved. Permutations are computed, not stored (a small Feistel network with cycle walking),
 so any position costs the same, a full shuffle of any N needs no memory, and resuming means starting at another number.
+
+How well it shuffles: same-class pairs in a batch of 4096, as a multiple of a full shuffle's, for ImageNet's numbers in
+shards of 1000 sorted by class (`benchmarks/order.py`): one lane without windows 1.0; 256 lanes of windows of 4096 1.4,
+of 1024 2.5; 64 lanes of 4096 3.5; 1024 lanes of 1024 1.0, but that has 1.6 times the shards of 256 lanes of 4096 open.
+webdataset's buffer: 64 workers with 5000 samples 2.8, with 1000 5.4; 8 workers with 1000 38. Shards that were shuffled
+when they were written need none of this.
 """
 
 from functools import lru_cache
@@ -75,6 +81,9 @@ class SampleOrder:
         self.window = window
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])  # of each shard, in manifest order
         self._line = lru_cache(maxsize=4)(self._line_of_epoch)
+
+    def __reduce__(self):
+        return SampleOrder, (self.counts, self.seed, self.lanes, self.window)  # a cache does not travel
 
     def batch(self, k: int, global_batch_size: int) -> Ints:
         """(shard, index) of the samples of global batch k, (B, 2) int64."""

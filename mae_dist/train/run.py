@@ -11,6 +11,7 @@ import yaml
 import mae_dist
 from mae_dist.config import Config, flat
 from mae_dist.data import ImageStream, Source, open_sources
+from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import NativeEngine, World
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
@@ -28,6 +29,8 @@ FREE = {
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
 }  # fmt: skip
+# What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
+ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window")
 CONFIG_FILE = "config.yaml"
 
 
@@ -38,6 +41,7 @@ def pretrain(config: Config) -> int:
     step wherever it can be seen then, and TrainingDiverged when numbers stay bad.
     """
     config.check()
+    config = config.with_epoch_size()
     stop = StopRequest()
     world = World.join(config.train.device)
     try:
@@ -54,7 +58,11 @@ def _train(
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
     num_samples = int(sources[0].counts.sum())
     total = config.train.steps or math.ceil(config.train.epochs * num_samples / batch)
-    meta = {"data": {"digest": sources[0].digest, "num_samples": num_samples}, "world_size": world.size}
+    meta = {
+        "data": {"digest": sources[0].digest, "num_samples": num_samples},
+        "order": {key: value for key, value in flat(config) if key in ORDER},
+        "world_size": world.size,
+    }
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
     engine = NativeEngine(model, world, config.optim, config.train.precision, accumulate)
@@ -67,7 +75,7 @@ def _train(
         return 0
     epoch_steps = num_samples / batch
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
-    stream = ImageStream(
+    stream = (ImageStream if config.data.mode == "exact" else ResampledStream)(
         sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
         world.rank, world.size, pin_memory=world.device.type == "cuda",
     )  # fmt: skip
@@ -123,7 +131,9 @@ def _train_and_report(run: Run) -> int:
 def resume(config: Config, checkpoint: Path, engine: NativeEngine, meta: dict) -> int:
     """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
     saved = read_meta(checkpoint)
-    changes = changed(config)
+    order = [(key, was, meta["order"].get(key)) for key, was in saved.get("order", {}).items()]
+    changes = [f"{key} (was {was}, now {now})" for key, was, now in order if was != now]
+    changes += [change for change in changed(config) if change not in changes]
     if saved["data"] != meta["data"]:
         changes.append(f"the training data (was {saved['data']}, now {meta['data']})")
     if changes and not config.train.accept_changes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mae_dist.shards import Manifest
+from mae_dist.shards.write import shard
 from mae_dist.train.checkpoint import committed
 from tests.conftest import TINY, losses, mae_dist
 
@@ -131,13 +134,36 @@ def test_the_saved_config_repeats_the_run(shards, undisturbed, tmp_path):
         ("--train.global_batch_size=6", "train.global_batch_size (was 12, now 6)"),
         ("--model.dec_dim=16", "model.dec_dim (was 32, now 16)"),
         ("--data.val_shards=2", "the training data"),
+        ("--data.lanes=2", "data.lanes (was 1, now 2)"),
+        ("--data.window=7", "data.window (was 0, now 7)"),
+        ("--train.seed=1", "train.seed (was 0, now 1)"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(shards, undisturbed, change, says):
     done = mae_dist(*arguments(shards, undisturbed, change, f"--train.steps={STEPS}"), check=False)
     assert done.returncode == 2
-    assert says in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count(says) == 1 and "Traceback" not in done.stderr
     assert "--train.accept_changes true" in done.stderr
+
+
+def test_the_checkpoint_itself_knows_its_order(shards, undisturbed, tmp_path):
+    """Also when the run's config.yaml is lost: what decides which sample is where lies in every checkpoint."""
+    (tmp_path / "t").mkdir()
+    shutil.copytree(undisturbed / "t" / "checkpoints", tmp_path / "t" / "checkpoints")
+    more = ["--data.lanes=2", "--data.window=7", "--train.seed=1", "--train.global_batch_size=6"]
+    done = mae_dist(*arguments(shards, tmp_path, *more), check=False)
+    assert done.returncode == 2
+    for says in ("lanes (was 1, now 2)", "window (was 0, now 7)", "seed (was 0, now 1)", "size (was 12, now 6)"):
+        assert says in done.stderr
+
+
+def test_resharded_images_are_other_data(images, shards, undisturbed, tmp_path):
+    """The same images dealt into shards by another seed: as many, with another digest."""
+    shard(images, tmp_path / "again", shard_size=10, seed=1)
+    done = mae_dist(*arguments(tmp_path / "again", undisturbed), check=False)
+    assert done.returncode == 2
+    digests = [Manifest.load(path).split(1)[0].digest for path in (shards, tmp_path / "again")]
+    assert "the training data" in done.stderr and all(digest in done.stderr for digest in digests)
 
 
 def test_another_models_checkpoint_is_refused_even_on_purpose(shards, undisturbed):

@@ -15,8 +15,8 @@ from mae_dist.errors import UserError
 SIZE = (16, 16)
 
 
-def stream(shards, workers=0, **options):
-    config = DataConfig(shards=str(shards), workers=workers)
+def stream(shards, workers=0, lanes=1, window=0, **options):
+    config = DataConfig(shards=str(shards), workers=workers, lanes=lanes, window=window)
     return iter(ImageStream(open_sources(config, SIZE, 3)[0], SIZE, config, seed=5, **options))
 
 
@@ -58,6 +58,27 @@ def test_resuming_is_starting_at_a_step(shards):
         assert all(torch.equal(a, b) for a, b in zip(again, batches[k], strict=True))
 
 
+@pytest.mark.parametrize("order", [{}, {"lanes": 3, "window": 4}])
+def test_an_epoch_resumed_at_other_world_sizes_has_every_sample_once(shards, order):
+    """Uneven shards, five resumes at random steps, each with another number of ranks and workers: ids and pixels."""
+    through = stream(shards, global_batch_size=12, **order)
+    expected = [next(through) for _ in range(8)]  # two epochs of 46, and a bit
+    starts = np.sort(np.random.default_rng(0).choice(np.arange(1, 8), 5, replace=False)).tolist()
+    ids = []
+    cuts = zip([0, *starts], [*starts, 8], [(1, 0), (3, 1), (2, 2), (4, 0), (6, 1), (12, 0)], strict=True)
+    for first, last, (world_size, workers) in cuts:
+        options = {"global_batch_size": 12, "start": first, "world_size": world_size, **order}
+        ranks = [stream(shards, workers, rank=rank, **options) for rank in range(world_size)]
+        for k in range(first, last):
+            parts = [next(batches) for batches in ranks]
+            together = [torch.stack(field, dim=1).flatten(0, 1) for field in zip(*parts, strict=True)]
+            assert all(torch.equal(a, b) for a, b in zip(together, expected[k], strict=True))
+            ids += together[1].tolist()
+        for batches in ranks:
+            batches.close()
+    assert sorted(ids[:46]) == sorted(ids[46:92]) == list(range(46))
+
+
 def test_an_epoch_has_every_sample_once(shards):
     batches = stream(shards, workers=2, global_batch_size=23)
     ids = torch.cat([next(batches).ids for _ in range(2)])
@@ -74,6 +95,26 @@ def test_evaluation_sees_every_sample_once(shards, world_size):
     ids, labels = (torch.cat([getattr(batch, name) for batch in seen]) for name in ("ids", "labels"))
     assert sorted(ids.tolist()) == list(range(46))
     assert labels.bincount().tolist() == [23, 23]
+
+
+def test_evaluation_is_the_same_at_any_world_size(shards):
+    """More ranks than samples too: then some have none, and say so by having no batch."""
+    config = DataConfig(shards=str(shards), workers=0)
+    source = open_sources(config, SIZE, 3)[0]
+    (whole,) = evaluation_batches(source, SIZE, config, 100)
+    for world_size in (3, 50):
+        parts = [list(evaluation_batches(source, SIZE, config, 5, rank, world_size)) for rank in range(world_size)]
+        fields = [torch.cat([field for part in parts for field in (batch[i] for batch in part)]) for i in range(4)]
+        order = fields[1].argsort()
+        assert all(torch.equal(field[order], expected) for field, expected in zip(fields, whole, strict=True))
+        assert sum(not part for part in parts) == max(0, world_size - 46)
+
+
+def test_the_first_of_very_many_images_come_at_once():
+    """No list of all positions: a picture of the first few needs those only."""
+    config = DataConfig(fake=True, fake_size=10**12, workers=0)
+    batch = next(evaluation_batches(open_sources(config, SIZE, 3)[0], SIZE, config, 5))
+    assert batch.ids.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,8 +1,10 @@
 """Laws 1 to 3: every sample once an epoch, whatever the shards, lanes, windows, ranks and batches."""
 
+import pickle
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mae_dist.shards import SampleOrder
@@ -16,6 +18,17 @@ orders = st.builds(SampleOrder, counts, seed=st.integers(0, 2**62), lanes=st.int
 def test_permute_is_a_permutation(size, key):
     out = permute(np.arange(size), np.full(size, size), np.full(size, key))
     assert sorted(out) == list(range(size))
+
+
+@given(st.integers(1, 2**40), st.integers(-(2**63), 2**63 - 1))
+@example(2**33, 1)
+@example(2**33 + 1, 2)
+def test_permute_stays_inside_and_apart_at_any_size(size, key):
+    """The ends of the range too, where a domain one bit short would show."""
+    values = np.unique(np.concatenate([np.linspace(0, size - 1, 500).astype(np.int64), [size - 1]]))
+    out = permute(values, np.full(len(values), size), np.full(len(values), key))
+    assert len(np.unique(out)) == len(values)
+    assert out.min() >= 0 and out.max() < size
 
 
 def test_permutations_differ_by_key_and_reach_everywhere():
@@ -53,6 +66,50 @@ def test_ranks_share_the_same_global_batches_and_lose_nothing(order, share, worl
         seen.append(np.stack([part.id for part in parts], axis=1).reshape(-1))  # interleaved: the global batch
     ids = np.concatenate(seen)[: epochs * order.num_samples]
     assert (np.bincount(ids, minlength=order.num_samples) == epochs).all()
+
+
+DIVISORS = [1, 2, 3, 4, 6, 12]
+legs = st.lists(st.tuples(st.sampled_from(DIVISORS), st.integers(0, 15), st.integers(0, 3)), max_size=6)
+
+
+@given(orders, st.integers(1, 4), legs, st.integers(1, 3))
+def test_kills_and_other_world_sizes_lose_and_repeat_nothing(order, twelfths, legs, epochs):
+    """Legs of (world size, updates, updates lost by the kill); each goes on from what the last one committed."""
+    batch = 12 * twelfths
+    total, done, seen = -(-epochs * order.num_samples // batch), 0, {}
+    for world_size, updates, lost in [*legs, (1, total, 0)]:
+        alive = SampleOrder(order.counts, order.seed, order.lanes, order.window)  # nothing survives but the step
+        end = min(total, done + updates)
+        for k in range(done, end):
+            ranks = [np.arange(k * batch + rank, (k + 1) * batch, world_size) for rank in range(world_size)]
+            ids = np.stack([alive.lookup(mine).id for mine in ranks], axis=1).reshape(-1)
+            assert k not in seen or (seen[k] == ids).all()  # an update made again is the same update
+            seen[k] = ids
+        done = max(done, end - lost)
+    ids = np.concatenate([seen[k] for k in range(total)])[: epochs * order.num_samples]
+    assert (np.bincount(ids, minlength=order.num_samples) == epochs).all()
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=40).filter(any),
+    st.integers(1, 300),
+    st.integers(0, 5000),
+    st.integers(0, 2**31),
+)
+def test_long_uneven_shards_are_whole_in_each_epoch(sizes, lanes, window, seed):
+    order = SampleOrder(sizes, seed, lanes, window)
+    n = order.num_samples
+    for epoch in (0, 1, 799):
+        samples = order.lookup(np.arange(epoch * n, (epoch + 1) * n))
+        assert (np.bincount(samples.id, minlength=n) == 1).all()
+        assert (order.starts[samples.shard] + samples.row == samples.id).all()
+
+
+@given(orders)
+def test_an_order_sent_to_another_process_is_the_same(order):
+    again = pickle.loads(pickle.dumps(order))
+    np.testing.assert_array_equal(again.batch(3, 16), order.batch(3, 16))
 
 
 @given(orders, st.lists(st.integers(0, 10_000), min_size=1, max_size=50))

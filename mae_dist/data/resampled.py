@@ -1,0 +1,196 @@
+"""`data.mode: webdataset`: a plain webdataset pipeline, for lists of shards that cannot be indexed.
+
+Every worker draws shards at random, with replacement, and shuffles their samples in a buffer. Nothing here is a pure
+function of the step: no promise that an image is seen once, or at all, or that a resumed run sees what it would have.
+"""
+
+import atexit
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mae_dist.data.augment import augment
+from mae_dist.data.decode import decode
+from mae_dist.data.loader import PREFETCH, Batch, _start_worker
+from mae_dist.data.options import DataConfig
+from mae_dist.data.source import Source
+from mae_dist.errors import UserError
+from mae_dist.shards import remote
+from mae_dist.shards.index import IMAGE_SUFFIXES, expand, integer_label
+
+BUFFER = 1000  # encoded samples that a worker shuffles
+GIVE_UP = 200  # shards opened, errors and samples without image in a row
+NOTICE = (
+    "data.mode webdataset: shards are drawn at random, with replacement. Not every image is seen equally often, and a "
+    "resumed or repeated run sees other images. For exact epochs: mae-dist index, then data.mode exact"
+)
+
+Encoded = tuple[bytes, int]
+
+
+class Patience:
+    """What webdataset does about errors: say it and go on, until nothing but errors has come for too long."""
+
+    def __init__(self, pattern: str):
+        self.pattern, self.in_row, self.last = pattern, 0, "no errors, but no images either"
+
+    def __call__(self, error: Exception) -> bool:
+        self.last = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"left out: {self.last}", file=sys.stderr, flush=True)
+        self.lose()
+        return True
+
+    def lose(self) -> None:
+        """Count something that gave no image. Raises UserError past the limit."""
+        self.in_row += 1
+        if self.in_row > GIVE_UP:
+            raise UserError(
+                f"data.shards: {self.pattern}: no image in the last {GIVE_UP} shards and samples ({self.last}); "
+                f"the shards must hold {', '.join(IMAGE_SUFFIXES)}"
+            )
+
+
+def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Iterator[tuple[str, Encoded]]:
+    """Endless (where, (bytes, label)); `seed` None: the shards in their order, once, not shuffled."""
+    from webdataset.filters import shuffle
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    def streams() -> Iterator[dict[str, Any]]:
+        draw = random.Random(seed)
+        place = iter(urls) if seed is None else iter(lambda: draw.choice(urls), None)
+        for url in place:
+            patience.lose()
+            try:
+                with remote.open_stream(url) as stream:
+                    yield {"url": url, "stream": stream}
+            except OSError as error:
+                patience(error)
+
+    files = tar_file_expander(streams(), handler=patience)
+    samples = group_by_keys(files, handler=patience)
+    for sample in samples if seed is None else shuffle(BUFFER, seed=seed)(samples):
+        data = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        if data is None:
+            patience.lose()
+        else:
+            yield f"{sample['__url__']}: {sample['__key__']}", (data, integer_label(sample))
+
+
+class ResampledSource:
+    """A list of shards as the rest of a run sees it: a length that it is said to have, and its first images."""
+
+    def __init__(self, config: DataConfig, channels: int):
+        self.pattern, self.channels = config.shards or "", channels
+        self.urls = expand(self.pattern)
+        self.epoch_size = config.epoch_size or 1
+        self.digest = "resampled-" + hashlib.sha256(self.pattern.encode()).hexdigest()[:16]
+        self._pictures: list[tuple[NDArray[np.uint8], int]] = []
+        self._more = self.images(Patience(self.pattern), None)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        return np.array([self.epoch_size])
+
+    def pixels(self, shard: int, index: int) -> tuple[NDArray[np.uint8], int]:
+        """Image `index` of the shards as they lie, for pictures; all images before it are read and kept too.
+
+        Raises UserError when there are not that many.
+        """
+        while len(self._pictures) <= index:
+            found = next(self._more, None)
+            if found is None:
+                raise UserError(
+                    f"data.shards: {self.pattern}: holds {len(self._pictures)} images; need at least {index + 1}"
+                )
+            self._pictures.append(found)
+        return self._pictures[index]
+
+    def images(self, patience: Patience, seed: str | None) -> Iterator[tuple[NDArray[np.uint8], int]]:
+        """Decoded images, (H, W, C) uint8, and labels; those that cannot be decoded are said and left out."""
+        for where, (data, label) in encoded_images(self.urls, patience, seed):
+            try:
+                pixels = decode(data, self.channels)
+            except Exception as error:  # decoders raise what they like for bad bytes
+                patience(ValueError(f"{where}: unreadable image: {error}"))
+                continue
+            patience.in_row = 0
+            yield pixels, label
+
+
+class Views(IterableDataset):
+    """The batches of one worker process; ids count up, each worker of each rank in steps of their number."""
+
+    def __init__(self, stream: "ResampledStream"):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        worker, stream = get_worker_info(), self.stream
+        here, all_here = (worker.id, worker.num_workers) if worker else (0, 1)
+        process, processes = stream.rank * all_here + here, stream.world_size * all_here
+        images = stream.source.images(Patience(stream.source.pattern), f"{stream.seed} {stream.start} {process}")
+        first = stream.start * stream.global_batch_size + process
+        count = stream.global_batch_size // stream.world_size // stream.accumulate
+        try:
+            while True:
+                ids = torch.arange(count) * processes + first
+                first += count * processes
+                pairs = [next(images) for _ in range(count)]
+                views = [
+                    augment(pixels, 0, sample, stream.size, stream.config, stream.seed)
+                    for (pixels, _), sample in zip(pairs, ids.tolist(), strict=True)
+                ]
+                labels = torch.tensor([label for _, label in pairs])
+                yield Batch(torch.stack(views), ids, torch.zeros_like(ids), labels)
+        except UserError as error:  # sent as a value: a DataLoader would bury the message in a traceback
+            yield error
+
+
+class ResampledStream:
+    """What `ImageStream` is, without its promises: endless batches, ids a running count, every epoch 0."""
+
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        config: DataConfig,
+        seed: int,
+        global_batch_size: int,
+        accumulate: int = 1,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        assert isinstance(source, ResampledSource)
+        self.source, self.size, self.config, self.seed = source, size, config, seed
+        self.global_batch_size, self.accumulate, self.start = global_batch_size, accumulate, start
+        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.rank == 0:
+            print(NOTICE, flush=True)
+        batches = self._generate()
+        atexit.register(batches.close)  # multiprocessing would wait for ever for workers that ignore SIGTERM
+        return batches
+
+    def _generate(self):
+        workers = self.config.workers
+        loader = DataLoader(
+            Views(self),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=self.pin_memory,
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch

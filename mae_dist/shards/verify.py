@@ -1,0 +1,140 @@
+"""Everything that a manifest says, read again: sizes, checksums, counts, keys, places, and every image decoded."""
+
+import contextlib
+import hashlib
+import io
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from mae_dist.shards import remote
+from mae_dist.shards.index import Sample, samples
+from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.tar import BadTar, Digested, members
+
+Row = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a shard; `key` is empty when it is the whole shard."""
+
+    place: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.key + ': ' if self.key else ''}{self.what}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    problems: list[Problem]
+    keys: NDArray[np.int64]
+    """A hash of every key found, in order."""
+
+
+def verify(manifest: Manifest, workers: int = 1) -> Iterator[Problem]:
+    """Every problem, shard by shard as they are read by `workers` processes; keys of several shards at the end."""
+    hashes, count = [], len(manifest.shards)
+    with tqdm(total=manifest.num_samples, unit="img", desc=f"verify {manifest.directory}", dynamic_ncols=True) as bar:
+        for shard, checked in zip(manifest.shards, _each(manifest, workers), strict=True):
+            bar.update(shard.count)
+            hashes.append(checked.keys)
+            yield from checked.problems
+    everything = np.concatenate(hashes)
+    owners = np.repeat(np.arange(count), [len(keys) for keys in hashes])
+    order = np.argsort(everything, kind="stable")
+    same = np.flatnonzero(everything[order][1:] == everything[order][:-1])
+    pairs = np.unique(np.stack([owners[order][same], owners[order][same + 1]], axis=1), axis=0)
+    for first, second in pairs.tolist():
+        if first != second:  # a shard's own keys are unique: the same hash twice there is chance
+            yield from _shared_keys(manifest, first, second)
+
+
+def _each(manifest: Manifest, workers: int) -> Iterator[Checked]:
+    work = partial(check_shard, manifest)
+    if workers <= 1 or len(manifest.shards) == 1:
+        yield from map(work, range(len(manifest.shards)))
+        return
+    with multiprocessing.get_context("forkserver").Pool(min(workers, len(manifest.shards))) as pool:
+        yield from pool.imap(work, range(len(manifest.shards)))
+
+
+def check_shard(manifest: Manifest, i: int) -> Checked:
+    """Read one shard from front to back against its manifest entry and its table."""
+    shard, place = manifest.shards[i], manifest.place(i)
+    problems: list[Problem] = []
+    keys: list[str] = []
+    say = lambda key, what: problems.append(Problem(place, key, what))  # noqa: E731
+    try:
+        table = [tuple(row) for row in np.load(manifest.index_path(i)).tolist()]
+    except (OSError, ValueError) as error:
+        table = []
+        say("", f"its table {manifest.index_path(i).name} cannot be read: {error}")
+    rows: list[Row] = []
+    try:
+        with remote.open_stream(place) as stream:
+            digested = Digested(stream)
+            for sample in samples(members(digested)):
+                keys.append(sample.key)
+                if sample.image is None:
+                    continue
+                row = (sample.image.offset, len(sample.image.data), sample.label)
+                if len(rows) < len(table) and table[len(rows)] != row:
+                    say(sample.key, f"lies at (offset, length, label) {row}, its table says {table[len(rows)]}")
+                rows.append(row)
+                if what := undecodable(sample):
+                    say(sample.key, what)
+    except BadTar as error:
+        say("", str(error))
+    except Exception as error:  # file systems raise what they like
+        say("", f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
+    else:
+        if digested.num_bytes != shard.num_bytes:
+            say("", f"{digested.num_bytes} bytes where the manifest says {shard.num_bytes}")
+        if digested.sha256.hexdigest() != shard.sha256:
+            say("", f"sha256 {digested.sha256.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}...")
+    if len(rows) != shard.count:
+        say("", f"{len(rows)} images where the manifest says {shard.count}")
+    if table and len(table) != shard.count:
+        say("", f"its table has {len(table)} rows where the manifest says {shard.count}")
+    return Checked(problems, np.array([hash_of(key) for key in keys], dtype=np.int64))
+
+
+def undecodable(sample: Sample) -> str:
+    """What is wrong with an image, after decoding all of it; empty when nothing is."""
+    assert sample.image
+    try:
+        with Image.open(io.BytesIO(sample.image.data)) as image:
+            image.load()
+    except Exception as error:  # decoders raise what they like for bad bytes
+        return f"unreadable image: {' '.join(str(error).split())}"
+    return ""
+
+
+def hash_of(key: str) -> int:
+    """64 bits: an epoch's worth of keys fits in memory, and a chance collision is looked at again."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
+
+
+def keys_of(place: str) -> set[str]:
+    """The keys of a shard, as far as it can be read."""
+    keys = set()
+    with contextlib.suppress(BadTar, OSError), remote.open_stream(place) as stream:
+        for sample in samples(members(Digested(stream))):
+            keys.add(sample.key)
+    return keys
+
+
+def _shared_keys(manifest: Manifest, first: int, second: int) -> Iterator[Problem]:
+    places = manifest.place(first), manifest.place(second)
+    for key in sorted(keys_of(places[0]) & keys_of(places[1])):
+        yield Problem(places[1], key, f"the key is in {places[0]} too")

@@ -1,0 +1,107 @@
+"""`data.mode: webdataset`: batches of the same shape from shards that have no index, and no promise beyond that."""
+
+import hashlib
+import tarfile
+from itertools import islice
+
+import pytest
+import torch
+
+from mae_dist.data import DataConfig, open_sources
+from mae_dist.data.resampled import NOTICE, ResampledStream
+from mae_dist.errors import UserError
+from tests.conftest import TINY, losses, mae_dist
+
+SIZE = (16, 16)
+
+
+def stream(pattern, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0, **more) -> ResampledStream:
+    config = DataConfig(shards=str(pattern), mode="webdataset", epoch_size=46, workers=workers, **more)
+    source, _ = open_sources(config, SIZE, 3)
+    return ResampledStream(source, SIZE, config, 0, 24, 2, start, rank, world_size)
+
+
+def pictures(batch) -> set[str]:
+    return {hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch.images}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_as_those_of_the_exact_mode(shards, workers, capsys):
+    micro = list(islice(stream(shards / "train-{00000..00004}.tar", workers=workers), 6))
+    assert NOTICE in capsys.readouterr().out
+    for batch in micro:
+        assert batch.images.shape == (12, 3, *SIZE) and batch.images.dtype == torch.uint8
+        assert batch.labels.unique().tolist() in ([0], [1], [0, 1])
+        assert not batch.epochs.any()
+    assert len(set(torch.cat([batch.ids for batch in micro]).tolist())) == 72
+
+
+def test_ranks_and_restarts_see_other_images(shards):
+    pattern = shards / "train-{00000..00004}.tar"
+    first, again, other, later = (
+        next(iter(stream(pattern, start=start, rank=rank, world_size=2)))
+        for start, rank in ((0, 0), (0, 0), (0, 1), (5, 0))
+    )
+    assert torch.equal(first.images, again.images)
+    assert not set(first.ids.tolist()) & set(other.ids.tolist())
+    assert not pictures(first) & pictures(other) and not pictures(first) & pictures(later)
+
+
+def test_what_is_broken_is_said_and_left_out(shards, tmp_path, capfd):
+    """A missing shard, a shard cut inside an image, an image of zeros: the rest goes on."""
+    whole = (shards / "train-00000.tar").read_bytes()
+    with tarfile.open(shards / "train-00000.tar") as tar:
+        member = tar.getmembers()[3]
+    zeroed = whole[: member.offset_data] + b"\0" * member.size + whole[member.offset_data + member.size :]
+    (tmp_path / "0.tar").write_bytes(zeroed)
+    (tmp_path / "1.tar").write_bytes(whole[: member.offset_data + 5])
+    batches = list(islice(stream(tmp_path / "{0..2}.tar"), 20))
+    assert len(batches) == 20
+    said = capfd.readouterr().err
+    assert "2.tar" in said and "FileNotFoundError" in said
+    assert f"0.tar: {member.name.removesuffix('.jpg')}: unreadable image" in said
+    assert "1.tar" in said
+
+
+@pytest.mark.parametrize("pattern", ["{tmp}/none-{{0..3}}.tar", "pipe:exit 3", "pipe:cat {tmp}/texts.tar"])
+def test_shards_without_any_image_are_an_error_and_no_endless_search(tmp_path, pattern):
+    (tmp_path / "a.txt").write_text("no image")
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        tar.add(tmp_path / "a.txt", "a.txt")
+    with pytest.raises(UserError, match="no image in the last 200 shards and samples"):
+        next(iter(stream(pattern.format(tmp=tmp_path))))
+
+
+def test_pretraining_from_a_pipe(shards, tmp_path):
+    """Steps without an epoch size; then more of the same run, which goes on."""
+    command = [
+        "pretrain", *TINY, f"--data.shards=pipe:cat {shards}/train-{{00000..00003}}.tar", "--data.mode=webdataset",
+        f"--data.val_shards={shards}", f"--train.runs_dir={tmp_path}", "--train.global_batch_size=8",
+        "--train.epochs=2", "--train.save_every=2", "--train.eval_every=2",
+    ]  # fmt: skip
+    done = mae_dist(*command, "--train.steps=4", processes=2)
+    assert done.stdout.count(NOTICE) == 1
+    assert len(losses(tmp_path / "mae")) == 4
+    assert "16 images" in done.stdout  # 4 steps of 8 in 2 epochs
+    done = mae_dist(*command, "--train.steps=6", "--train.accept_changes=true")
+    assert "resumed at step 4" in done.stdout
+    assert len(losses(tmp_path / "mae")) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data.shards=/a/{0..3}.tar"], "mae-dist index '/a/{0..3}.tar' --out DIR"),
+        (["--data.shards=s3://a/b.tar", "--data.mode=webdataset"], "write --data.epoch_size N"),
+        (["--data.shards=/a", "--data.mode=webdataset"], "write a list of tars"),
+        (["--data.shards=/a", "--data.epoch_size=3"], "leave it out"),
+        (["--data.shards=a.tar", "--data.mode=webdataset", "--data.val_shards=1"], "write a directory of other shards"),
+        (["--data.shards=a.tar", "--data.mode=webdataset", "--data.lanes=4"], "has no order to set"),
+        (["--data.shards=none.tar", "--data.mode=webdataset", "--train.steps=3"], "none.tar: holds 0 images"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_first_step(tmp_path, arguments, says):
+    runs = f"--train.runs_dir={tmp_path}"
+    done = mae_dist("pretrain", *TINY, runs, "--train.global_batch_size=8", *arguments, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
