@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -19,10 +20,10 @@ CROP_STREAM = 0x63726F70
 TRIES = 10  # of torchvision's RandomResizedCrop before it takes the centre
 
 
-def uniforms(seed: int, epoch: int, sample: int, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1), keyed by (seed, epoch, sample)."""
-    draws = np.arange(count)
-    return rng.uniform(rng.fold(seed ^ CROP_STREAM, np.full(1, sample), epoch, draws))
+def uniforms(seed: int, epochs: ArrayLike, samples: ArrayLike, count: int) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1) for each (seed, epoch, sample): (n, count)."""
+    epochs, samples = (np.asarray(values, dtype=np.int64).reshape(-1, 1) for values in (epochs, samples))
+    return rng.uniform(rng.fold(seed ^ CROP_STREAM, samples, epochs, np.arange(count)))
 
 
 def random_box(height: int, width: int, config: DataConfig, u: NDArray[np.float64]) -> Box:
@@ -59,15 +60,15 @@ class View(NamedTuple):
     flip: bool
 
 
-def random_view(epoch: int, sample: int, config: DataConfig, seed: int) -> View:
-    """RandomResizedCrop and horizontal flip of training."""
-    u = uniforms(seed, epoch, sample, 1 + 4 * TRIES)
-    return View(lambda height, width: random_box(height, width, config, u[1:]), bool(u[0] < config.flip))
+def random_views(epochs: ArrayLike, samples: ArrayLike, config: DataConfig, seed: int) -> list[View]:
+    """RandomResizedCrop and horizontal flip of training, for some (epoch, sample)."""
+    draws = uniforms(seed, epochs, samples, 1 + 4 * TRIES)
+    return [View(partial(random_box, config=config, u=u[1:]), bool(u[0] < config.flip)) for u in draws]
 
 
-def centre_view(epoch: int, sample: int, size: tuple[int, int], config: DataConfig) -> View:
-    """The centred crop of evaluation, the same for each epoch and sample."""
-    return View(lambda height, width: centre_box(height, width, size, config.eval_crop), False)
+def centre_views(epochs: ArrayLike, samples: ArrayLike, size: tuple[int, int], config: DataConfig) -> list[View]:
+    """The centred crop of evaluation, the same for every sample."""
+    return [View(partial(centre_box, size=size, share=config.eval_crop), False)] * np.size(samples)
 
 
 def resize(crop: NDArray[np.uint8], size: tuple[int, int], decoder: Decoder = "fast") -> Tensor:
@@ -92,11 +93,11 @@ def augment(
     pixels: NDArray[np.uint8], epoch: int, sample: int, size: tuple[int, int], config: DataConfig, seed: int
 ) -> Tensor:
     """The training view of a decoded image: (H, W, C) uint8 to (C, *size) uint8."""
-    view = random_view(epoch, sample, config, seed)
+    (view,) = random_views(epoch, sample, config, seed)
     return finish(cut(pixels, view.choose), view, size, config)
 
 
 def centre(pixels: NDArray[np.uint8], size: tuple[int, int], config: DataConfig) -> Tensor:
     """The evaluation view of a decoded image: (H, W, C) uint8 to (C, *size) uint8."""
-    view = centre_view(0, 0, size, config)
+    (view,) = centre_views(0, 0, size, config)
     return finish(cut(pixels, view.choose), view, size, config)

@@ -1,8 +1,8 @@
 """Bad samples: named, counted, replaced, up to a limit.
 
-A sample that cannot be read keeps its place, its crop and its mask; only its pixels and label come from a stand-in, which
-depends on (seed, epoch, sample) alone, so counts never change and every world size sees the same. Each bad sample is one
-line of `bad_samples.jsonl` in the run directory, whoever finds it and however often.
+A sample that cannot be read keeps its place, its crop and its mask; only its pixels and label come from a stand-in,
+which depends on (seed, epoch, sample) alone, so counts never change and every world size sees the same. Each bad sample
+is one line of `bad_samples.jsonl` in the run directory, whoever finds it and however often.
 """
 
 import fcntl
@@ -112,7 +112,7 @@ def parsed(lines: Iterable[str]) -> Iterator[dict]:
 
 
 def location(where: str) -> dict:
-    """Shard, index, offset, length (bytes) and key, from the tar header before the image; what is not found is left out."""
+    """Shard, index, offset and length in bytes, and the key, from the tar header; what is not found is left out."""
     match = PLACE.fullmatch(where)
     if not match:
         return {}

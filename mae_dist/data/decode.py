@@ -35,9 +35,9 @@ def decode(
     """The box that `choose(height, width)` picks of a JPEG, PNG, WebP or anything else PIL reads.
 
     Returns (h, w, channels) uint8, channels 1 (grey), 3 or 4. JPEGs go to libjpeg-turbo in strict mode first ("fast":
-    simplejpeg; "region": TurboJPEG >= 3, the same bits), whatever it refuses to PIL, whose word counts. Raises ValueError
-    for more than `max_pixels` pixels, from the header, before decoding; what PIL raises (OSError, ValueError,
-    SyntaxError) for bytes that are no image. EXIF orientation is ignored, as in the paper's code.
+    simplejpeg; "region": TurboJPEG >= 3, the same bits), whatever it refuses to PIL, whose word counts. Raises
+    ValueError for more than `max_pixels` pixels, from the header, before decoding; what PIL raises (OSError,
+    ValueError, SyntaxError) for bytes that are no image. EXIF orientation is ignored, as in the paper's code.
     """
     if decoder != "pil" and data[:2] == JPEG_START and channels in COLORSPACES and channels != 4:
         pixels = _jpeg(data, channels, choose, decoder, max_pixels)
@@ -60,7 +60,7 @@ def _jpeg(
 ) -> NDArray[np.uint8] | None:
     """None: for PIL to judge (rare files of ImageNet that PIL reads)."""
     try:
-        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
     except ValueError:
         return None
     _refuse_bomb(height, width, max_pixels)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mae_dist.data.augment import View, centre_view, finish, random_view
+from mae_dist.data.augment import View, centre_views, finish, random_views
 from mae_dist.data.bad import BadSample, BadSamples, stand_ins
 from mae_dist.data.options import DataConfig
 from mae_dist.data.ring import Ring, Table
@@ -34,21 +34,21 @@ class Batch(NamedTuple):
 class Views:
     """Makes the views of the samples at some positions, in whatever process.
 
-    `lookup`: positions to samples. `view(epoch, sample)`: how a sample is seen. `replace(epoch, position, sample)`: the
-    positions to try in place of a bad one. `bad`: where bad samples are listed; None: the first one raises BadSample.
+    `lookup`: positions to samples. `views(epochs, samples)`: how samples are seen. `replace(epoch, position, sample)`:
+    the positions to try in place of a bad one. `bad`: where bad samples are listed; None: the first raises BadSample.
     """
 
     def __init__(
         self,
         source: Source,
         lookup: Callable[[ArrayLike], Samples],
-        view: Callable[[int, int], View],
+        views: Callable[[Ints, Ints], list[View]],
         replace: Callable[[int, int, int], Ints],
         size: tuple[int, int],
         config: DataConfig,
         bad: BadSamples | None,
     ):
-        self.source, self.lookup, self.view, self.replace = source, lookup, view, replace
+        self.source, self.lookup, self.views, self.replace = source, lookup, views, replace
         self.size, self.config, self.bad = size, config, bad
 
     def table(self, positions: Ints) -> Table:
@@ -60,8 +60,9 @@ class Views:
     @torch.inference_mode()
     def fill(self, table: Table, images: Tensor) -> None:
         """Make (B, C, H, W) uint8 of the rows of a table, and fill in their labels."""
+        views = self.views(table[:, EPOCH], table[:, ID])
         for n, (position, epoch, shard, row, sample, _) in enumerate(table.tolist()):
-            view = self.view(epoch, sample)
+            view = views[n]
             try:
                 crop, label = self.source.pixels(shard, row, view.choose)
             except BadSample as error:
@@ -146,11 +147,11 @@ class ImageStream:
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         self.positions = partial(rank_positions, start, global_batch_size, accumulate, rank, world_size)
-        view = partial(random_view, config=config, seed=seed)
+        views = partial(random_views, config=config, seed=seed)
         replace = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
         )
-        self.views = Views(source, self.order.lookup, view, replace, size, config, bad)
+        self.views = Views(source, self.order.lookup, views, replace, size, config, bad)
         self.workers, self.pin_memory = config.workers, pin_memory
         self.batch_size = global_batch_size // world_size // accumulate
 
@@ -174,7 +175,7 @@ def evaluation_batches(
     order = FileOrder(source.counts)
     mine = np.arange(rank, order.num_samples, world_size)
     positions = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    view = partial(centre_view, size=size, config=config)
+    views = partial(centre_views, size=size, config=config)
     replace = partial(stand_ins, seed=0, num_samples=order.num_samples)
-    views = Views(source, order.lookup, view, replace, size, config, bad)
-    return _batches(views, positions, min(config.workers, len(positions)), batch_size)
+    maker = Views(source, order.lookup, views, replace, size, config, bad)
+    return _batches(maker, positions, min(config.workers, len(positions)), batch_size)

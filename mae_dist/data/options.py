@@ -31,8 +31,8 @@ class DataConfig:
     workers: int = 8
     """Decoding processes a rank; 0 decodes in the training process."""
     decoder: Decoder = "fast"
-    """fast: libjpeg-turbo, then torch's bicubic. region: the same, decoding no more than each crop (needs TurboJPEG 3 on
-    every node). pil: training crops equal to the official loader's to the bit, at half the speed."""
+    """fast: libjpeg-turbo, then torch's bicubic. region: the same pixels, decoding no more than each crop (needs
+    TurboJPEG 3 on every node). pil: crops equal to the official loader's to the bit, at half the speed."""
     max_pixels: int = MAX_PIXELS
     """An image whose header says more is a bad sample: it is refused before it is decoded."""
     max_bad_fraction: float = 1e-4

@@ -1,9 +1,9 @@
 """Worker processes that write into one piece of shared memory; only numbers cross the pipes.
 
 The memory is a ring of slots, a batch each: a table of what to make (int64 rows, filled in by the trainer; workers may
-write what they found) and the pixels. A batch is cut into tasks of a few images, so that all workers make the next batch
-together. A task is one number in a pipe that all workers read; done, the same number goes into another. Pipes hand out
-eight bytes at once or none, and these never fill up: a killed worker leaves no half message and no lock behind.
+write what they found) and the pixels. A batch is cut into tasks of a few images, so that all workers make the next
+batch together. A task is one number in a pipe that all workers read; done, the same number goes into another. Pipes
+hand out eight bytes at once or none, and these never fill up: a killed worker leaves no half message and no lock.
 """
 
 import mmap
@@ -15,6 +15,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class WorkerDied(RuntimeError):
 
 
 class Ring:
-    """`batch`: the most rows of a table. `fill(rows, images)` makes some images of a batch, in a worker; `pin`: for CUDA.
+    """`batch`: the most rows of a table. `fill(rows, images)`: makes some images of a batch, in a worker. `pin`: for CUDA.
 
     `run` raises what a worker raised (UserError as it was, all else as RuntimeError with the worker's traceback), and
     WorkerDied, with name and cause, when one was killed. `close` ends the workers; they also end with the trainer,
@@ -183,9 +184,10 @@ class Ring:
 
 
 def _pin(memory: mmap.mmap) -> bool:
-    """Register with CUDA, so that copies to the device run beside the computation; without that they are only slower."""
+    """Register with CUDA, so that copies run beside the computation; without that they are only slower."""
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    return int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0)) == 0
+    runtime: Any = torch.cuda.cudart()
+    return int(runtime.cudaHostRegister(address, len(memory), 0)) == 0
 
 
 def _end(trainer: int, workers: dict[int, int], pipes: tuple[int, ...], pinned: mmap.mmap | None) -> None:
@@ -198,4 +200,5 @@ def _end(trainer: int, workers: dict[int, int], pipes: tuple[int, ...], pinned: 
     for pipe in pipes:
         os.close(pipe)
     if pinned is not None:
-        torch.cuda.cudart().cudaHostUnregister(np.frombuffer(pinned, np.uint8).ctypes.data)
+        runtime: Any = torch.cuda.cudart()
+        runtime.cudaHostUnregister(np.frombuffer(pinned, np.uint8).ctypes.data)

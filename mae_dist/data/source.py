@@ -42,7 +42,8 @@ class ShardSource:
 
     def __init__(self, manifest: Manifest, channels: int, decoder: Decoder = "fast", max_pixels: int = MAX_PIXELS):
         self.store = LocalStore(manifest)
-        self.channels, self.decoder, self.max_pixels = channels, decoder, max_pixels
+        self.channels, self.max_pixels = channels, max_pixels
+        self.decoder: Decoder = decoder
 
     @property
     def counts(self) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""A rectangle of a JPEG, by the system's TurboJPEG >= 3: rows below it are not decoded, columns beside it not converted.
+"""A rectangle of a JPEG, by the system's TurboJPEG >= 3: rows below it are not decoded, columns beside it hardly.
 
 Called through ctypes, which releases the GIL. TurboJPEG 2 (Debian 12) has no such call.
 """
