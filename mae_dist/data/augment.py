@@ -1,26 +1,29 @@
 """Crop, resize, flip: a pure function of (seed, epoch, sample)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from torch import Tensor
 
 from mae_dist import rng
+from mae_dist.data.decode import Box, Decoder, cut
 from mae_dist.data.options import DataConfig
 
 CROP_STREAM = 0x63726F70
 TRIES = 10  # of torchvision's RandomResizedCrop before it takes the centre
 
-Box = tuple[int, int, int, int]  # top, left, height, width
 
-
-def uniforms(seed: int, epoch: int, sample: int, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1), keyed by (seed, epoch, sample)."""
-    draws = np.arange(count)
-    return rng.uniform(rng.fold(seed ^ CROP_STREAM, np.full(1, sample), epoch, draws))
+def uniforms(seed: int, epochs: ArrayLike, samples: ArrayLike, count: int) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1) for each (seed, epoch, sample): (n, count)."""
+    epochs, samples = (np.asarray(values, dtype=np.int64).reshape(-1, 1) for values in (epochs, samples))
+    return rng.uniform(rng.fold(seed ^ CROP_STREAM, samples, epochs, np.arange(count)))
 
 
 def random_box(height: int, width: int, config: DataConfig, u: NDArray[np.float64]) -> Box:
@@ -49,25 +52,52 @@ def centre_box(height: int, width: int, size: tuple[int, int], share: float) -> 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(pixels: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> Tensor:
-    """Cut `box` out of (H, W, C) uint8 and resize it, bicubic and antialiased: (C, *size) uint8."""
-    top, left, height, width = box
-    crop = torch.from_numpy(pixels[top : top + height, left : left + width])
-    image = crop.permute(2, 0, 1)[None]  # (1, C, h, w), channels last in memory
-    if (height, width) == size:
-        return image[0]
+class View(NamedTuple):
+    """How a sample is seen."""
+
+    choose: Callable[[int, int], Box]
+    """(height, width) of the image to the box that is cut out of it."""
+    flip: bool
+
+
+def random_views(epochs: ArrayLike, samples: ArrayLike, config: DataConfig, seed: int) -> list[View]:
+    """RandomResizedCrop and horizontal flip of training, for some (epoch, sample)."""
+    draws = uniforms(seed, epochs, samples, 1 + 4 * TRIES)
+    return [View(partial(random_box, config=config, u=u[1:]), bool(u[0] < config.flip)) for u in draws]
+
+
+def centre_views(epochs: ArrayLike, samples: ArrayLike, size: tuple[int, int], config: DataConfig) -> list[View]:
+    """The centred crop of evaluation, the same for every sample."""
+    return [View(partial(centre_box, size=size, share=config.eval_crop), False)] * np.size(samples)
+
+
+def resize(crop: NDArray[np.uint8], size: tuple[int, int], decoder: Decoder = "fast") -> Tensor:
+    """Resize (h, w, C) uint8, bicubic and antialiased: (C, *size) uint8. "pil": by PIL, to the bit."""
+    if crop.shape[:2] == size:
+        return torch.from_numpy(crop).permute(2, 0, 1)
+    if decoder == "pil":
+        image = Image.fromarray(crop if crop.shape[2] > 1 else crop[..., 0])
+        resized = np.array(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        return torch.from_numpy(resized.reshape(*size, crop.shape[2])).permute(2, 0, 1)
+    image = torch.from_numpy(crop).permute(2, 0, 1)[None]  # (1, C, h, w), channels last in memory
     return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def finish(crop: NDArray[np.uint8], view: View, size: tuple[int, int], config: DataConfig) -> Tensor:
+    """Resize and flip what a view has cut out: (h, w, C) uint8 to (C, *size) uint8."""
+    image = resize(crop, size, config.decoder)
+    return image.flip(-1) if view.flip else image
 
 
 def augment(
     pixels: NDArray[np.uint8], epoch: int, sample: int, size: tuple[int, int], config: DataConfig, seed: int
 ) -> Tensor:
-    """RandomResizedCrop and horizontal flip: (H, W, C) uint8 to (C, *size) uint8."""
-    u = uniforms(seed, epoch, sample, 1 + 4 * TRIES)
-    image = resize(pixels, random_box(pixels.shape[0], pixels.shape[1], config, u[1:]), size)
-    return image.flip(-1) if u[0] < config.flip else image
+    """The training view of a decoded image: (H, W, C) uint8 to (C, *size) uint8."""
+    (view,) = random_views(epoch, sample, config, seed)
+    return finish(cut(pixels, view.choose), view, size, config)
 
 
 def centre(pixels: NDArray[np.uint8], size: tuple[int, int], config: DataConfig) -> Tensor:
-    """The evaluation view: (H, W, C) uint8 to (C, *size) uint8."""
-    return resize(pixels, centre_box(pixels.shape[0], pixels.shape[1], size, config.eval_crop), size)
+    """The evaluation view of a decoded image: (H, W, C) uint8 to (C, *size) uint8."""
+    (view,) = centre_views(0, 0, size, config)
+    return finish(cut(pixels, view.choose), view, size, config)

@@ -1,28 +1,77 @@
-"""Encoded images to pixels."""
+"""Encoded images to pixels, all of them or a rectangle."""
 
 import io
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from mae_dist.data.turbojpeg import decompressor
+
 COLORSPACES = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 JPEG_START = b"\xff\xd8"
+MAX_PIXELS = 100_000_000
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+Decoder = Literal["fast", "region", "pil"]
 
 
-def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
-    """Pixels of a JPEG, PNG, WebP or anything else PIL reads: (H, W, channels) uint8, channels 1 (grey), 3 or 4.
+def whole(height: int, width: int) -> Box:
+    """The box of a whole image."""
+    return 0, 0, height, width
 
-    libjpeg-turbo in strict mode first; whatever it refuses goes to PIL, whose word counts. Raises what PIL raises
-    (OSError, ValueError, SyntaxError) for bytes that are no image. EXIF orientation is ignored, as in the paper's code.
+
+def decode(
+    data: bytes,
+    channels: int = 3,
+    choose: Callable[[int, int], Box] = whole,
+    decoder: Decoder = "fast",
+    max_pixels: int = MAX_PIXELS,
+) -> NDArray[np.uint8]:
+    """The box that `choose(height, width)` picks of a JPEG, PNG, WebP or anything else PIL reads.
+
+    Returns (h, w, channels) uint8, channels 1 (grey), 3 or 4. JPEGs go to libjpeg-turbo in strict mode first ("fast":
+    simplejpeg; "region": TurboJPEG >= 3, the same bits), whatever it refuses to PIL, whose word counts. Raises
+    ValueError for more than `max_pixels` pixels, from the header, before decoding; what PIL raises (OSError,
+    ValueError, SyntaxError) for bytes that are no image. EXIF orientation is ignored, as in the paper's code.
     """
-    if data[:2] == JPEG_START and channels in (1, 3):
-        try:
-            return simplejpeg.decode_jpeg(data, colorspace=COLORSPACES[channels], strict=True)
-        except ValueError:
-            pass  # rare files of ImageNet that PIL reads
+    if decoder != "pil" and data[:2] == JPEG_START and channels in COLORSPACES and channels != 4:
+        pixels = _jpeg(data, channels, choose, decoder, max_pixels)
+        if pixels is not None:
+            return pixels
     with Image.open(io.BytesIO(data)) as image:
+        _refuse_bomb(image.height, image.width, max_pixels)
         pixels = np.array(image.convert(MODES[channels]))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    return cut(pixels if pixels.ndim == 3 else pixels[..., None], choose)
+
+
+def cut(pixels: NDArray[np.uint8], choose: Callable[[int, int], Box]) -> NDArray[np.uint8]:
+    """The chosen box of (H, W, C), a view."""
+    top, left, height, width = choose(pixels.shape[0], pixels.shape[1])
+    return pixels[top : top + height, left : left + width]
+
+
+def _jpeg(
+    data: bytes, channels: int, choose: Callable[[int, int], Box], decoder: Decoder, max_pixels: int
+) -> NDArray[np.uint8] | None:
+    """None: for PIL to judge (rare files of ImageNet that PIL reads)."""
+    try:
+        height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
+    except ValueError:
+        return None
+    _refuse_bomb(height, width, max_pixels)
+    try:
+        if decoder == "region":
+            return decompressor().read(data, choose, channels)
+        return cut(simplejpeg.decode_jpeg(data, colorspace=COLORSPACES[channels], strict=True), choose)
+    except ValueError:
+        return None
+
+
+def _refuse_bomb(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")

@@ -36,6 +36,9 @@ class DeviceFeed:
         self.batches, self.device = batches, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead: Batch | None = None
+        self.copying: Batch | None = (
+            None  # the pinned batch behind `ahead`: not to be written again before it is copied
+        )
         self.waited = 0.0
 
     def __iter__(self) -> "DeviceFeed":
@@ -59,5 +62,9 @@ class DeviceFeed:
         return ready
 
     def _copy(self, batch: Batch) -> Batch:
+        assert self.stream
+        if self.copying is not None:
+            self.stream.synchronize()  # of the last copy, a step ago: done
+        self.copying = batch
         with torch.cuda.stream(self.stream):
             return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))

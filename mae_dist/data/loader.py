@@ -1,8 +1,5 @@
 """Batches of uint8 pixels from worker processes, in the order of `SampleOrder`."""
 
-import atexit
-import signal
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -11,15 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mae_dist.data.augment import augment, centre
+from mae_dist.data.augment import View, centre_views, finish, random_views
+from mae_dist.data.bad import BadSample, BadSamples, stand_ins
 from mae_dist.data.options import DataConfig
+from mae_dist.data.ring import Ring, Table
 from mae_dist.data.source import Source
-from mae_dist.errors import UserError
 from mae_dist.shards.order import FileOrder, SampleOrder, Samples
 
-PREFETCH = 4  # batches ahead, each worker
+Ints = NDArray[np.int64]
+POSITION, EPOCH, SHARD, ROW, ID, LABEL = range(6)  # columns of a table, one row a sample
 
 
 class Batch(NamedTuple):
@@ -33,86 +31,96 @@ class Batch(NamedTuple):
     """(B,) int64, -1 where there is none."""
 
 
-class Views(Dataset):
-    """Views of the samples at some positions; a worker makes a whole batch at once.
+class Views:
+    """Makes the views of the samples at some positions, in whatever process.
 
-    `lookup`: positions to samples. `view`: (pixels (H, W, C) uint8, epoch, sample) to (C, h, w) uint8.
+    `lookup`: positions to samples. `views(epochs, samples)`: how samples are seen. `replace(epoch, position, sample)`:
+    the positions to try in place of a bad one. `bad`: where bad samples are listed; None: the first raises BadSample.
     """
 
-    def __init__(self, source: Source, lookup: Callable[[ArrayLike], Samples], view: Callable[..., Tensor]):
-        self.source, self.lookup, self.view = source, lookup, view
+    def __init__(
+        self,
+        source: Source,
+        lookup: Callable[[ArrayLike], Samples],
+        views: Callable[[Ints, Ints], list[View]],
+        replace: Callable[[int, int, int], Ints],
+        size: tuple[int, int],
+        config: DataConfig,
+        bad: BadSamples | None,
+    ):
+        self.source, self.lookup, self.views, self.replace = source, lookup, views, replace
+        self.size, self.config, self.bad = size, config, bad
 
-    def __getitems__(self, positions: NDArray[np.int64]) -> Batch | UserError:
+    def table(self, positions: Ints) -> Table:
+        """What is to be made at these positions: (B, 6)."""
         samples = self.lookup(positions)
-        images, labels = [], []
-        try:
-            for epoch, shard, index, sample in np.stack(samples, axis=1).tolist():
-                pixels, label = self.source.pixels(shard, index)
-                images.append(self.view(pixels, epoch, sample))
-                labels.append(label)
-        except UserError as error:  # sent as a value: a DataLoader would bury the message in a traceback
-            return error
-        return Batch(
-            torch.stack(images), torch.from_numpy(samples.id), torch.from_numpy(samples.epoch), torch.tensor(labels)
-        )
+        columns = positions, samples.epoch, samples.shard, samples.row, samples.id, np.full(len(positions), -1)
+        return np.stack(columns, axis=1)
+
+    @torch.inference_mode()
+    def fill(self, table: Table, images: Tensor) -> None:
+        """Make (B, C, H, W) uint8 of the rows of a table, and fill in their labels."""
+        views = self.views(table[:, EPOCH], table[:, ID])
+        for n, (position, epoch, shard, row, sample, _) in enumerate(table.tolist()):
+            view = views[n]
+            try:
+                crop, label = self.source.pixels(shard, row, view.choose)
+            except BadSample as error:
+                crop, label = self._stand_in(error, epoch, position, sample, view)
+            images[n] = finish(crop, view, self.size, self.config)
+            table[n, LABEL] = label
+
+    def _stand_in(
+        self, error: BadSample, epoch: int, position: int, sample: int, view: View
+    ) -> tuple[NDArray[np.uint8], int]:
+        if self.bad is None:
+            raise error
+        self.bad.add(error, epoch, sample)
+        others = self.lookup(self.replace(epoch, position, sample))
+        for shard, row in zip(others.shard.tolist(), others.row.tolist(), strict=True):
+            try:
+                return self.source.pixels(shard, row, view.choose)
+            except BadSample:
+                continue  # listed when its own turn comes
+        raise BadSample(error.where, f"{error.reason}; nor was any of {len(others.shard)} samples near it readable")
 
 
-class RankPositions(Sampler):
+def rank_positions(start: int, global_batch_size: int, accumulate: int, rank: int, world_size: int) -> Iterator[Ints]:
     """Positions of this rank's micro-batches, from global batch `start` on, without end.
 
     Rank r takes positions r, r + W, ... of each global batch, cut into `accumulate` micro-batches.
     """
-
-    def __init__(self, start: int, global_batch_size: int, accumulate: int, rank: int, world_size: int):
-        self.start, self.global_batch_size, self.accumulate = start, global_batch_size, accumulate
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        k = self.start
-        while True:
-            first = k * self.global_batch_size
-            mine = np.arange(first + self.rank, first + self.global_batch_size, self.world_size)
-            yield from np.split(mine, self.accumulate)
-            k += 1
+    k = start
+    while True:
+        first = k * global_batch_size
+        mine = np.arange(first + rank, first + global_batch_size, world_size)
+        yield from np.split(mine, accumulate)
+        k += 1
 
 
-def _start_worker(_: int) -> None:
-    """Workers end when their trainer does; the signals that a scheduler sends to all processes are the trainer's."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _batches(
+    views: Views, positions: Iterable[Ints], workers: int, batch_size: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    tables = map(views.table, positions)
+    shape = (views.source.channels, *views.size)
+    if not workers:
+        for table in tables:
+            images = torch.empty((len(table), *shape), dtype=torch.uint8)
+            views.fill(table, images)
+            yield _batch(table, images)
+        return
+    ring = Ring(views.fill, workers, batch_size, LABEL + 1, shape, pin_memory)
+    try:
+        for table, images in ring.run(tables):
+            yield _batch(table, images)
+            del images  # while the reader computes, only the reader holds them
+    finally:
+        ring.close()
 
 
-_running: weakref.WeakSet = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_workers() -> None:
-    """At exit multiprocessing ends workers by SIGTERM, which ours ignore: end them through their loader first."""
-    for batches in list(_running):
-        batches.close()
-
-
-def _batches(views: Views, positions: Iterable, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
-    batches = _generate(views, positions, workers, pin_memory)
-    _running.add(batches)
-    return batches
-
-
-def _generate(views: Views, positions: Iterable, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    loader = DataLoader(
-        views,
-        batch_sampler=positions,
-        collate_fn=lambda batch: batch,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=pin_memory,
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+def _batch(table: Table, images: Tensor) -> Batch:
+    ids, epochs, labels = (torch.from_numpy(table[:, column].copy()) for column in (ID, EPOCH, LABEL))
+    return Batch(images, ids, epochs, labels)
 
 
 class ImageStream:
@@ -120,7 +128,7 @@ class ImageStream:
 
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
     and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. An
-    unreadable image raises UserError, naming it.
+    unreadable image is listed in `bad` and replaced by another of its window; without `bad` it raises UserError.
     """
 
     def __init__(
@@ -135,29 +143,40 @@ class ImageStream:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        bad: BadSamples | None = None,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
-        self.positions = RankPositions(start, global_batch_size, accumulate, rank, world_size)
-        self.views = Views(source, self.order.lookup, partial(augment, size=size, config=config, seed=seed))
+        self.positions = partial(rank_positions, start, global_batch_size, accumulate, rank, world_size)
+        views = partial(random_views, config=config, seed=seed)
+        replace = partial(
+            stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
+        )
+        self.views = Views(source, self.order.lookup, views, replace, size, config, bad)
         self.workers, self.pin_memory = config.workers, pin_memory
+        self.batch_size = global_batch_size // world_size // accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.views, self.positions, self.workers, self.pin_memory)
+        return _batches(self.views, self.positions(), self.workers, self.batch_size, self.pin_memory)
 
 
 def evaluation_batches(
-    source: Source, size: tuple[int, int], config: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1
+    source: Source,
+    size: tuple[int, int],
+    config: DataConfig,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    bad: BadSamples | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of a whole source: each sample once over all ranks, centred; the last batch may be smaller."""
+    """This rank's share of a whole source: each sample once over all ranks, centred; the last batch may be smaller.
+
+    An unreadable image is listed in `bad` and replaced by another; without `bad` it raises UserError.
+    """
     order = FileOrder(source.counts)
     mine = range(rank, order.num_samples, world_size)
     positions = (np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size))
     workers = min(config.workers, -(-len(mine) // batch_size))
-    view = partial(_centre_view, size=size, config=config)
-    return _batches(Views(source, order.lookup, view), positions, workers)
-
-
-def _centre_view(
-    pixels: NDArray[np.uint8], epoch: int, sample: int, size: tuple[int, int], config: DataConfig
-) -> Tensor:
-    return centre(pixels, size, config)
+    views = partial(centre_views, size=size, config=config)
+    replace = partial(stand_ins, seed=0, num_samples=order.num_samples)
+    maker = Views(source, order.lookup, views, replace, size, config, bad)
+    return _batches(maker, positions, workers, batch_size)

@@ -7,6 +7,7 @@ function of the step: no promise that an image is seen once, or at all, or that 
 import atexit
 import hashlib
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +18,17 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mae_dist.data.augment import augment
-from mae_dist.data.decode import decode
-from mae_dist.data.loader import PREFETCH, Batch, _start_worker
+from mae_dist.data.bad import BadSamples
+from mae_dist.data.decode import cut, decode, whole
+from mae_dist.data.loader import Batch
 from mae_dist.data.options import DataConfig
-from mae_dist.data.source import Source
+from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.index import IMAGE_SUFFIXES, expand, integer_label
 
 BUFFER = 1000  # encoded samples that a worker shuffles
+PREFETCH = 4  # batches ahead, each worker
 GIVE_UP = 200  # shards opened, errors and samples without image in a row
 NOTICE = (
     "data.mode webdataset: shards are drawn at random, with replacement. Not every image is seen equally often, and a "
@@ -87,7 +90,7 @@ class ResampledSource:
     """A list of shards as the rest of a run sees it: a length that it is said to have, and its first images."""
 
     def __init__(self, config: DataConfig, channels: int):
-        self.pattern, self.channels = config.shards or "", channels
+        self.pattern, self.channels, self.config = config.shards or "", channels, config
         self.urls = expand(self.pattern)
         self.epoch_size = config.epoch_size or 1
         self.digest = "resampled-" + hashlib.sha256(self.pattern.encode()).hexdigest()[:16]
@@ -98,7 +101,7 @@ class ResampledSource:
     def counts(self) -> NDArray[np.int64]:
         return np.array([self.epoch_size])
 
-    def pixels(self, shard: int, index: int) -> tuple[NDArray[np.uint8], int]:
+    def pixels(self, shard: int, index: int, choose: Choose = whole) -> tuple[NDArray[np.uint8], int]:
         """Image `index` of the shards as they lie, for pictures; all images before it are read and kept too.
 
         Raises UserError when there are not that many.
@@ -110,18 +113,26 @@ class ResampledSource:
                     f"data.shards: {self.pattern}: holds {len(self._pictures)} images; need at least {index + 1}"
                 )
             self._pictures.append(found)
-        return self._pictures[index]
+        pixels, label = self._pictures[index]
+        return cut(pixels, choose), label
 
     def images(self, patience: Patience, seed: str | None) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """Decoded images, (H, W, C) uint8, and labels; those that cannot be decoded are said and left out."""
         for where, (data, label) in encoded_images(self.urls, patience, seed):
             try:
-                pixels = decode(data, self.channels)
+                pixels = decode(data, self.channels, whole, self.config.decoder, self.config.max_pixels)
             except Exception as error:  # decoders raise what they like for bad bytes
                 patience(ValueError(f"{where}: unreadable image: {error}"))
                 continue
             patience.in_row = 0
             yield pixels, label
+
+
+def _start_worker(_: int) -> None:
+    """Workers end when their trainer does; the signals that a scheduler sends to all processes are the trainer's."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 class Views(IterableDataset):
@@ -167,7 +178,9 @@ class ResampledStream:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        bad: BadSamples | None = None,
     ):
+        """As `ImageStream`; what cannot be read is said and left out here, so `bad` stays empty."""
         assert isinstance(source, ResampledSource)
         self.source, self.size, self.config, self.seed = source, size, config, seed
         self.global_batch_size, self.accumulate, self.start = global_batch_size, accumulate, start

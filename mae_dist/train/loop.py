@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mae_dist.config import Config
+from mae_dist.data.bad import BadSamples
 from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.data.loader import Batch
 from mae_dist.engine import Engine, World
@@ -37,6 +38,9 @@ class Run:
     world: World
     engine: Engine
     batches: Iterator[Batch]
+    bad: BadSamples
+    num_samples: int
+    """In an epoch."""
     accumulate: int
     start: int
     """Updates already done."""
@@ -70,11 +74,12 @@ def train(run: Run) -> None:
         feed.waited = 0.0
         done, last, stop = k + 1, k + 1 == run.total_steps, 0
         if last or done % config.log_every == 0:
-            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal)
+            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, run.bad.count())
             if run.journal:
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
                 progress.show(done, reading.metrics)
             check_skipped(reading.skipped_in_row, config.max_skipped, done)
+            run.bad.check(reading.bad_samples, min(done * config.global_batch_size, run.num_samples))
             stop = reading.stop_signal
         began = time.perf_counter()
         if last or done % config.eval_every == 0:

@@ -16,6 +16,8 @@ class Reading(NamedTuple):
     skipped_in_row: int
     stop_signal: int
     """Largest stop signal any rank got; 0: none."""
+    bad_samples: int
+    """Found by the whole run so far, each once."""
 
 
 class Meters:
@@ -48,14 +50,14 @@ class Meters:
         self.steps += 1
         self.waited += waited
 
-    def sync(self, lr: float, epoch: float, stop_signal: int) -> Reading:
+    def sync(self, lr: float, epoch: float, stop_signal: int, bad_samples: int = 0) -> Reading:
         """Agree over all ranks and start again. Losses are means (and the largest) over ranks and steps."""
         elapsed = time.perf_counter() - self.since
         wait = torch.tensor(self.waited / elapsed, device=self.world.device)
         means = self.world.sum(torch.stack([self.loss / self.steps, wait])) / self.world.size
-        signal = torch.tensor(float(stop_signal), device=self.world.device)
-        worst = self.world.max(torch.stack([self.loss_max, self.worst_row, signal]))
-        loss, wait, loss_max, row, stop, norm, skipped = torch.cat(
+        counts = torch.tensor([float(stop_signal), float(bad_samples)], device=self.world.device)
+        worst = self.world.max(torch.cat([torch.stack([self.loss_max, self.worst_row]), counts]))
+        loss, wait, loss_max, row, stop, bad, norm, skipped = torch.cat(
             [means, worst, torch.stack([self.grad_norm, self.skipped_total])]
         ).tolist()
         metrics = {
@@ -66,7 +68,8 @@ class Meters:
             "optim/skipped": skipped,
             "perf/images_per_s": self.steps * self.global_batch_size / elapsed,
             "perf/data_wait": wait,
+            "data/bad_samples": bad,
             "progress/epoch": epoch,
         }
         self._restart()
-        return Reading(metrics, int(row), int(stop))
+        return Reading(metrics, int(row), int(stop), int(bad))

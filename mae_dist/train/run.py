@@ -10,7 +10,7 @@ import yaml
 
 import mae_dist
 from mae_dist.config import Config, flat
-from mae_dist.data import ImageStream, Source, open_sources
+from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import NativeEngine, World
 from mae_dist.errors import UserError
@@ -25,7 +25,7 @@ from mae_dist.train.validate import Validation
 
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
 FREE = {
-    "data.shards", "data.val_shards", "data.workers",
+    "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
 }  # fmt: skip
@@ -75,15 +75,18 @@ def _train(
         return 0
     epoch_steps = num_samples / batch
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
+    bad = BadSamples(run_dir, config.data.max_bad_fraction)
     stream = (ImageStream if config.data.mode == "exact" else ResampledStream)(
         sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
-        world.rank, world.size, pin_memory=world.device.type == "cuda",
+        world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad,
     )  # fmt: skip
     run = Run(
         config=config,
         world=world,
         engine=engine,
         batches=iter(stream),
+        bad=bad,
+        num_samples=num_samples,
         accumulate=accumulate,
         start=start,
         total_steps=total,
@@ -91,7 +94,7 @@ def _train(
         schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
         checkpoints=checkpoints,
         meta=meta,
-        validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world),
+        validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world, bad),
         journal=open_journal(config, world, start) if world.is_main else None,
         stop=stop,
     )

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dist.config import Config
-from mae_dist.data import Source, evaluation_batches
+from mae_dist.data import BadSamples, Source, evaluation_batches
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import Engine, World
 from mae_dist.model.masking import mask_noise, num_kept, split
@@ -22,10 +22,18 @@ GREY = 127
 class Validation:
     """`source`: held-out images, or None: then there is no loss, and the picture shows training images."""
 
-    def __init__(self, config: Config, source: Source | None, train_source: Source, batch_size: int, world: World):
-        self.config, self.source, self.world, self.batch_size = config, source, world, batch_size
+    def __init__(
+        self,
+        config: Config,
+        source: Source | None,
+        train_source: Source,
+        batch_size: int,
+        world: World,
+        bad: BadSamples | None = None,
+    ):
+        self.config, self.source, self.world, self.batch_size, self.bad = config, source, world, batch_size, bad
         self.normalise = Normalise(config.data, world.device)
-        self.pictured = first_images(source or train_source, config)
+        self.pictured = first_images(source or train_source, config, bad)
 
     def run(self, step: int, engine: Engine, journal: Journal | None) -> None:
         """Measure on all ranks; rank 0 draws and writes the journal."""
@@ -55,7 +63,9 @@ class Validation:
         assert self.source is not None
         size, world = self.config.model.height_width, self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in evaluation_batches(self.source, size, self.config.data, self.batch_size, world.rank, world.size):
+        for batch in evaluation_batches(
+            self.source, size, self.config.data, self.batch_size, world.rank, world.size, self.bad
+        ):
             images, ids = (tensor.to(world.device) for tensor in (batch.images, batch.ids))
             loss = engine.evaluate(self.normalise(images), self.noise(ids)).loss
             total += torch.stack([loss.double() * len(ids), torch.tensor(len(ids), device=world.device)])
@@ -69,10 +79,10 @@ def picture(pixels: Tensor, masked: Tensor, rebuilt: Tensor) -> Image.Image:
     return reconstruction_grid(whole, seen, guessed)
 
 
-def first_images(source: Source, config: Config) -> tuple[Tensor, Tensor]:
+def first_images(source: Source, config: Config, bad: BadSamples | None = None) -> tuple[Tensor, Tensor]:
     """Pixels (n, C, H, W) uint8 and ids of a source's first images, as evaluation sees them."""
     in_process = dataclasses.replace(config.data, workers=0)
-    batch = next(iter(evaluation_batches(source, config.model.height_width, in_process, PICTURED)))
+    batch = next(iter(evaluation_batches(source, config.model.height_width, in_process, PICTURED, bad=bad)))
     return batch.images, batch.ids
 
 
