@@ -7,6 +7,7 @@ function of the step: no promise that an image is seen once, or at all, or that 
 import atexit
 import hashlib
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,13 +19,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mae_dist.data.augment import augment
 from mae_dist.data.decode import decode
-from mae_dist.data.loader import PREFETCH, Batch, _start_worker
+from mae_dist.data.loader import Batch
 from mae_dist.data.options import DataConfig
 from mae_dist.data.source import Source
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.index import IMAGE_SUFFIXES, expand, integer_label
 
+AHEAD = 4  # batches that each worker makes ahead of need
 BUFFER = 1000  # encoded samples that a worker shuffles
 GIVE_UP = 200  # shards opened, errors and samples without image in a row
 NOTICE = (
@@ -152,6 +154,13 @@ class Views(IterableDataset):
             yield error
 
 
+def _start_worker(_: int) -> None:
+    """The signals that a scheduler sends to all processes are the trainer's."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 class ResampledStream:
     """What `ImageStream` is, without its promises: endless batches, ids a running count, every epoch 0."""
 
@@ -177,7 +186,7 @@ class ResampledStream:
         if self.rank == 0:
             print(NOTICE, flush=True)
         batches = self._generate()
-        atexit.register(batches.close)  # multiprocessing would wait for ever for workers that ignore SIGTERM
+        atexit.register(batches.close)  # ends the workers; multiprocessing would by a SIGTERM, which they ignore
         return batches
 
     def _generate(self):
@@ -187,7 +196,7 @@ class ResampledStream:
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_start_worker,
-            prefetch_factor=PREFETCH if workers else None,
+            prefetch_factor=AHEAD if workers else None,
             pin_memory=self.pin_memory,
         )
         for batch in loader:

@@ -75,10 +75,9 @@ def _train(
         return 0
     epoch_steps = num_samples / batch
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
-    stream = (ImageStream if config.data.mode == "exact" else ResampledStream)(
-        sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
-        world.rank, world.size, pin_memory=world.device.type == "cuda",
-    )  # fmt: skip
+    cut = (config.train.seed, batch, accumulate, start, world.rank, world.size, world.device.type == "cuda")
+    make = ImageStream if config.data.mode == "exact" else ResampledStream
+    stream = make(sources[0], config.model.height_width, config.data, *cut)
     run = Run(
         config=config,
         world=world,
