@@ -84,7 +84,7 @@ class DataConfig:
 
     def _check_mode(self) -> None:
         shards = self.shards or ""
-        listed = any(mark in shards for mark in ("://", "pipe:", "{")) or shards.endswith(".tar")
+        listed = any(mark in shards for mark in ("pipe:", "{", ".tar?")) or shards.endswith(".tar")
         if self.mode == "exact" and listed:
             raise UserError(
                 f"data.shards: {self.shards} is a list of shards, not a directory with a manifest; make one with: "

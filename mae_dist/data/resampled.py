@@ -27,8 +27,8 @@ from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.index import IMAGE_SUFFIXES, expand, integer_label
 
+AHEAD = 4  # batches that each worker makes ahead of need
 BUFFER = 1000  # encoded samples that a worker shuffles
-PREFETCH = 4  # batches ahead, each worker
 GIVE_UP = 200  # shards opened, errors and samples without image in a row
 NOTICE = (
     "data.mode webdataset: shards are drawn at random, with replacement. Not every image is seen equally often, and a "
@@ -128,13 +128,6 @@ class ResampledSource:
             yield pixels, label
 
 
-def _start_worker(_: int) -> None:
-    """Workers end when their trainer does; the signals that a scheduler sends to all processes are the trainer's."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 class Views(IterableDataset):
     """The batches of one worker process; ids count up, each worker of each rank in steps of their number."""
 
@@ -161,6 +154,13 @@ class Views(IterableDataset):
                 yield Batch(torch.stack(views), ids, torch.zeros_like(ids), labels)
         except UserError as error:  # sent as a value: a DataLoader would bury the message in a traceback
             yield error
+
+
+def _start_worker(_: int) -> None:
+    """The signals that a scheduler sends to all processes are the trainer's."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 class ResampledStream:
@@ -190,7 +190,7 @@ class ResampledStream:
         if self.rank == 0:
             print(NOTICE, flush=True)
         batches = self._generate()
-        atexit.register(batches.close)  # multiprocessing would wait for ever for workers that ignore SIGTERM
+        atexit.register(batches.close)  # ends the workers; multiprocessing would by a SIGTERM, which they ignore
         return batches
 
     def _generate(self):
@@ -200,7 +200,7 @@ class ResampledStream:
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_start_worker,
-            prefetch_factor=PREFETCH if workers else None,
+            prefetch_factor=AHEAD if workers else None,
             pin_memory=self.pin_memory,
         )
         for batch in loader:

@@ -171,7 +171,7 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     if bad and (len(bad) > max_bad or not shards):
         raise UserError(refusal(bad, len(places)))
     manifest = Manifest(out, shards)
-    manifest.save()
+    manifest.save(keep_others=True)
     progress.unlink()
     return Indexed(manifest, without, bad)
 

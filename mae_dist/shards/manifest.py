@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
+from mae_dist.shards.tar import Digested
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -35,6 +36,15 @@ class Shard:
     """For wids; empty: not known."""
     index: str = ""
     """File name of the index beside the manifest; empty: that of the tar, `.idx.npy` for `.tar`."""
+
+    @staticmethod
+    def of(path: Path, name: str, count: int) -> "Shard":
+        """The entry of a tar on disk, read once for both checksums."""
+        with path.open("rb") as file:
+            whole = Digested(file)
+            while whole.read(1 << 20):
+                pass
+        return Shard(name, count, whole.num_bytes, whole.sha256.hexdigest(), whole.md5.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,15 @@ class Manifest:
             Manifest(self.directory, self.shards[cut:], self.classes),
         )
 
-    def save(self) -> None:
-        """Write `manifest.json` and what it says for other readers; files of theirs that are there already stay."""
+    def save(self, keep_others: bool = False) -> None:
+        """Write `manifest.json` and what it says for other readers (`keep_others`: unless theirs are there already)."""
         listing = {
             "version": VERSION,
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
         }
         for name, content in self._translations().items():
-            if not (self.directory / name).exists():
+            if not (keep_others and (self.directory / name).exists()):
                 (self.directory / name).write_text(json.dumps(content, indent=1) + "\n")
         (self.directory / FILE_NAME).write_text(json.dumps(listing, indent=1) + "\n")
 

@@ -136,13 +136,9 @@ def write_shard(directory: Path, job: tuple[str, Sequence[Source]]) -> Written:
         aside.unlink()
         return Written(None, tuple(bad))
     np.save((directory / name).with_suffix(".idx.npy"), np.array(rows, dtype=np.int64))
-    with aside.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        md5 = hashlib.file_digest(file, "md5").hexdigest()  # wids wants it
-    size = aside.stat().st_size
+    entry = Shard.of(aside, name, len(rows))
     aside.rename(directory / name)
-    return Written(Shard(name, len(rows), size, digest, md5), tuple(bad))
+    return Written(entry, tuple(bad))
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -1,5 +1,6 @@
 """Shards of other makers: every image found where it lies, and nothing that tar readers lose in silence."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from mae_dist.errors import UserError
 from mae_dist.shards import Manifest, remote
 from mae_dist.shards import index as module
 from mae_dist.shards.index import expand, index, samples, scan
-from mae_dist.shards.tar import BadTar, Digested, members
+from mae_dist.shards.tar import BadTar, Digested, members, number
 from tests.conftest import mae_dist
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -82,6 +83,33 @@ def test_a_cut_at_any_byte_is_noticed():
         with pytest.raises(BadTar, match=f"cut short: ends at byte {cut} "):
             read(data[:cut])
     assert len(read(data[:end])) == 4
+
+
+@given(st.integers(0, 7), st.integers(0, 511), st.integers(0, 7))
+def test_any_flipped_bit_of_any_header_is_noticed(header, byte, bit):
+    """But for those of the checksum's own padding, which change nothing."""
+    data = bytearray(make_tar(FILES))
+    at = [0, 1536, 2560, 4096, 5120, 6656, 7680, 9216][header]
+    assert data[at + 257 : at + 262] == b"ustar"
+    data[at + byte] ^= 1 << bit
+    if 148 <= byte < 156:
+        with contextlib.suppress(BadTar):
+            assert len(read(bytes(data))) == 4
+    else:
+        with pytest.raises(BadTar):
+            read(bytes(data))
+
+
+def test_numbers_too_large_for_octal_digits():
+    assert number(b"\x80" + (2**40).to_bytes(11)) == 2**40
+    assert number(b"0000017 \0") == number(b"17", base=10) - 2 == 15
+
+
+def test_a_sparse_file_is_refused():
+    info = tarfile.TarInfo("a.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    with pytest.raises(BadTar, match="sparse file at byte 0"):
+        read(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
 
 
 def test_a_damaged_header_is_noticed():
