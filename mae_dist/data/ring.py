@@ -42,7 +42,7 @@ class WorkerDied(RuntimeError):
 
 
 class Ring:
-    """`batch`: the most rows of a table. `fill(rows, images)`: makes some images of a batch, in a worker. `pin`: for CUDA.
+    """`batch`: the most rows of a table. `fill(rows, images)`: makes images of a batch, in a worker. `pin`: for CUDA.
 
     `run` raises what a worker raised (UserError as it was, all else as RuntimeError with the worker's traceback), and
     WorkerDied, with name and cause, when one was killed. `close` ends the workers; they also end with the trainer,
@@ -180,6 +180,7 @@ class Ring:
                 text = words.encode()[:TEXT]
                 self._text(worker)[: len(text)] = np.frombuffer(text, np.uint8)
                 number = -worker - 1
+                poll.unregister(self.tasks)  # its words stay as they are; it only waits for the end
             os.write(self.made, NUMBER.pack(number))
 
 

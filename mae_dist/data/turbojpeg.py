@@ -19,7 +19,7 @@ LIBRARY = "MAE_DIST_TURBOJPEG"  # environment variable: path of the library, whe
 DECOMPRESS = 1  # TJINIT_DECOMPRESS
 STOP_ON_WARNING, SUBSAMPLING, WIDTH, HEIGHT, PRECISION, COLORSPACE = 0, 4, 5, 6, 7, 8  # TJPARAM_*
 MCU_WIDTH = (8, 16, 16, 8, 8, 32, 8, 32, 16)  # by subsampling
-MCU_HEIGHT = (8, 8, 16, 8, 16, 8, 32, 16, 32)
+MARGIN = 2  # columns
 PIXEL_FORMAT = {1: 6, 3: 0}  # channels -> TJPF_GRAY, TJPF_RGB
 CMYK = 3  # TJCS_CMYK and TJCS_YCCK: left to PIL
 
@@ -72,25 +72,24 @@ class Decompressor:
     def read(self, data: bytes, choose: Callable[[int, int], Box], channels: int) -> NDArray[np.uint8]:
         """The box that `choose(height, width)` picks: (h, w, channels) uint8, the same bits as cut out of all of it.
 
-        A block more is decoded on each side: chroma is interpolated across blocks.
+        A little more is decoded on either side: chroma is interpolated across columns, rows TurboJPEG sees to.
         """
         self._check(self.tj.tj3DecompressHeader(self.handle, data, len(data)))
         subsampling, height, width = self._get(SUBSAMPLING), self._get(HEIGHT), self._get(WIDTH)
         if subsampling < 0 or self._get(PRECISION) != 8 or self._get(COLORSPACE) >= CMYK:
             raise ValueError("a kind of JPEG that has no rectangles")
         top, left, h, w = choose(height, width)
-        block_h, block_w = MCU_HEIGHT[subsampling], MCU_WIDTH[subsampling]
-        y, x = max(0, top // block_h - 1) * block_h, max(0, left // block_w - 1) * block_w
-        bottom, right = min(height, top + h + block_h), min(width, left + w + block_w)
-        pixels = np.empty((bottom - y, right - x, channels), dtype=np.uint8)
-        self._check(self.tj.tj3SetCroppingRegion(self.handle, Region(x, y, right - x, bottom - y)))
+        block = MCU_WIDTH[subsampling]
+        x, right = max(0, left - MARGIN) // block * block, min(width, left + w + MARGIN)
+        pixels = np.empty((h, right - x, channels), dtype=np.uint8)
+        self._check(self.tj.tj3SetCroppingRegion(self.handle, Region(x, top, right - x, h)))
         try:
             self._check(
                 self.tj.tj3Decompress8(self.handle, data, len(data), pixels.ctypes.data, 0, PIXEL_FORMAT[channels])
             )
         finally:
             self.tj.tj3SetCroppingRegion(self.handle, Region(0, 0, 0, 0))
-        return pixels[top - y : top - y + h, left - x : left - x + w]
+        return pixels[:, left - x : left - x + w]
 
     def _get(self, parameter: int) -> int:
         return self.tj.tj3Get(self.handle, parameter)
