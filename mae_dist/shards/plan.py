@@ -53,6 +53,9 @@ class Recipe:
         if self.shard_size < 1:
             raise UserError(f"--shard-size must be at least 1, not {self.shard_size}")
 
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
 
 class Item(NamedTuple):
     container: int

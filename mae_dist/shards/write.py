@@ -24,6 +24,8 @@ from mae_dist.shards.progress import Progress
 from mae_dist.shards.publish import refuse_full, system_of, upload
 from mae_dist.shards.remote import is_remote, join
 
+RECIPE_NAME = "recipe.json"  # in OUT: what made it, and how a late start knows that it is done
+
 
 @dataclass(frozen=True)
 class Place:
@@ -111,19 +113,21 @@ def shard(
 
 
 def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
-    """OUT, when an earlier start was killed between completing it and tidying up. Raises UserError for a full OUT."""
-    started = Plan.load(place.plan)
-    if place.remote:
-        if started is None:
-            refuse_full(place.out)
-        return None
+    """OUT, when an earlier start, or the other parts, have completed it by the same recipe: then this start is done.
+
+    Raises UserError when OUT holds anything else and is not ours to go on with.
+    """
     out = Path(place.out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if started and started.recipe == wanted and not place.shards.exists():
-        place.remove()
+    if place.remote:
+        if Plan.load(place.plan) is None:
+            refuse_full(place.out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        recipe = out / RECIPE_NAME
+        if not recipe.is_file() or recipe.read_text() != wanted.text():
+            raise UserError(f"{out}: already exists and is not empty; write a new directory or remove this one")
+        place.remove()  # left when a start was killed between completing OUT and tidying up
         return Manifest.load(out)
-    raise UserError(f"{out}: already exists and is not empty; write a new directory or remove this one")
+    return None
 
 
 def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
@@ -218,6 +222,7 @@ def finish(place: Place, plan: Plan) -> Manifest | None:
         if bad:
             (place.shards / "bad_images.txt").write_text("\n".join(bad) + "\n")
         manifest = Manifest(place.shards, shards, plan.classes)
+        (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
         manifest.save()
         if place.remote:
             indexes = {manifest.index_path(i).name for i in range(len(shards))}
