@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -85,23 +86,39 @@ def _live_and_die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def find_ray(address: str) -> Any:
+    """The ray module. Raises UserError when it is not installed, or nobody listens at HOST:PORT (ray waits minutes)."""
+    try:
+        library: Any = importlib.import_module("ray")  # an extra, and unknown to the type checker
+    except ImportError:
+        raise UserError("--ray needs ray: pip install 'mae_dist[ray]'") from None
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise no_cluster(address, error) from error
+    return library
+
+
+def no_cluster(address: str, error: Exception) -> UserError:
+    return UserError(f"--ray {address}: no cluster there ({error}); write auto, or HOST:PORT of its head")
+
+
 def on_ray(
     work: Callable[[Job], Result], jobs: Sequence[Job], address: str, tick: float = 1.0
 ) -> Generator[Result | None, None, None]:
     """As `in_processes`, one CPU of a Ray cluster a job. The nodes need mae_dist installed and the same file system.
 
-    Raises UserError when ray is not installed or no cluster answers.
+    Raises UserError when ray is not installed, when no cluster answers or when it breaks down.
     """
-    try:
-        library: Any = importlib.import_module("ray")  # an extra, and unknown to the type checker
-    except ImportError:
-        raise UserError("--ray needs ray: pip install 'mae_dist[ray]'") from None
+    library = find_ray(address)
     try:
         library.init(address, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray {address}: no cluster there ({error}); write auto, or HOST:PORT of its head") from error
+        raise no_cluster(address, error) from error
     try:
-        remote = library.remote(num_cpus=1, max_retries=3)(work)
+        remote = library.remote(num_cpus=1, max_retries=3)(lambda job: work(job))  # it takes functions only, no partial
         todo = iter(jobs)
         ahead = QUEUED * max(1, int(library.cluster_resources().get("CPU", 1)))
         running = [remote.remote(job) for job in islice(todo, ahead)]
@@ -112,5 +129,9 @@ def on_ray(
             for result in done:
                 yield library.get(result)
                 running += [remote.remote(job) for job in islice(todo, 1)]
+    except library.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except library.exceptions.RayError as error:
+        raise UserError(f"--ray {address}: {error}; start the same command again to go on") from error
     finally:
         library.shutdown()

@@ -19,7 +19,7 @@ from mae_dist.shards.inputs import recognise
 from mae_dist.shards.manifest import FILE_NAME, Manifest
 from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
-from mae_dist.shards.processes import in_order, in_processes, on_ray
+from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.publish import refuse_full, system_of, upload
 from mae_dist.shards.remote import is_remote, join
@@ -94,6 +94,8 @@ def shard(
     if workers < 1 or max_bad < 0 or not 0 <= part[0] < part[1]:
         raise UserError(f"--workers {workers}, --max-bad {max_bad}, --part {part[0]}/{part[1]}: at least 1, 0, i < n")
     wanted, place = make_recipe(images, labels=recipe.pop("labels", None), **recipe), place_of(out, aside)
+    if ray:
+        find_ray(ray)
     if finished := _finished_before(place, wanted):
         return finished
     place.aside.mkdir(parents=True, exist_ok=True)
