@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -195,7 +196,7 @@ def hashed_key(origin: str, container: int = -1) -> str:
 
 def replace_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is whole or not there, also after a power cut."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with aside.open("wb") as file:
         file.write(content)
         file.flush()

@@ -4,6 +4,7 @@ All is written into `OUT.partial`: `plan/` (the plan, one small record a finishe
 OUT when it is whole. A start that finds a plan goes on with it; so do other machines, each with its `--part`.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from mae_dist.errors import UserError
 from mae_dist.shards.convert import Conversion
 from mae_dist.shards.inputs import recognise
-from mae_dist.shards.manifest import FILE_NAME, Manifest
+from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard
 from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
@@ -221,22 +222,35 @@ def finish(place: Place, plan: Plan) -> Manifest | None:
         if not shards:
             _remove_all(place, plan)
             raise UserError(f"{plan.recipe.images}: none of the {plan.count} images is readable, such as {bad[0]}")
-        if bad:
-            (place.shards / "bad_images.txt").write_text("\n".join(bad) + "\n")
-        manifest = Manifest(place.shards, shards, plan.classes)
-        (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
-        manifest.save()
-        if place.remote:
-            indexes = {manifest.index_path(i).name for i in range(len(shards))}
-            others = (path for path in place.shards.iterdir() if path.name not in indexes)
-            for path in sorted(others, key=lambda path: path.name == FILE_NAME):  # the manifest last: then OUT is whole
-                upload(path, place.out)
-        else:
-            manifest = Manifest(Path(place.out), shards, plan.classes)
-            if manifest.directory.exists():
-                manifest.directory.rmdir()
-            sync_directory(place.shards)
-            place.shards.rename(manifest.directory)
-            sync_directory(place.aside.parent)
+        manifest = complete(place, plan, shards, bad)
         place.remove()
         return manifest
+
+
+def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str]) -> Manifest:
+    """All that lies in OUT beside the shards, and OUT. Done again, it does the same."""
+    manifest = Manifest(place.shards, shards, plan.classes)
+    indexes = {manifest.index_path(i) for i in range(len(shards))}
+    expected = indexes | {manifest.tar_path(i) for i in range(len(shards))}
+    for path in place.shards.iterdir():
+        if path not in expected:
+            path.unlink()  # half-written by a start that was killed
+    if bad:
+        (place.shards / "bad_images.txt").write_text("\n".join(bad) + "\n")
+    (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
+    manifest.save()
+    for path in set(place.shards.iterdir()) - expected:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if place.remote:
+        others = (path for path in place.shards.iterdir() if path not in indexes)
+        for path in sorted(others, key=lambda path: path.name == FILE_NAME):  # the manifest last: then OUT is whole
+            upload(path, place.out)
+        return manifest
+    out = Path(place.out)
+    if out.exists():
+        out.rmdir()
+    sync_directory(place.shards)
+    place.shards.rename(out)
+    sync_directory(place.aside.parent)
+    return Manifest(out, shards, plan.classes)
