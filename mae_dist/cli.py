@@ -7,13 +7,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mae_dist.errors import UserError
 
 USAGE = """usage: mae-dist COMMAND ...
 
-  shard        a directory of images -> WebDataset shards
+  shard        images (folders, tars, parquet) -> WebDataset shards
   index        tar shards that somebody else made -> a manifest, so that they can be trained on as they are
   verify       read shards again and list what is wrong with them
   info         what is in a directory of shards, with a contact sheet if wanted
@@ -34,22 +36,41 @@ class Parser(argparse.ArgumentParser):
 
 
 def shard(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist shard", description="Turn a directory of images into WebDataset shards.")
-    parser.add_argument("images", type=Path, help="class folders (CLASS/x.jpg), or one flat directory (no labels)")
-    parser.add_argument("out", type=Path, help="new directory for the shards")
-    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images a shard (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (%(default)s)")
+    parser = Parser("mae-dist shard", description="Turn images into WebDataset shards.")
+    number = partial(parser.add_argument, type=int, metavar="N")
     parser.add_argument(
-        "--max-bad", type=int, default=0, metavar="N", help="unreadable images to leave out (%(default)s)"
+        "images", help="class folders, flat directory, ILSVRC tar, directory or pattern of tars, parquet"
     )
-    given = parser.parse_args(arguments)
+    parser.add_argument("out", help="new directory for the shards, or an fsspec URL (s3://bucket/train)")
+    parser.add_argument(
+        "--labels", metavar="FILE", help="labels of a flat directory or tar: LABEL or NAME LABEL a line"
+    )
+    number("--shard-size", default=1000, help="images a shard (%(default)s)")
+    number("--workers", default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (%(default)s)")
+    number("--max-bad", default=0, help="unreadable images to leave out (%(default)s)")
+    parser.add_argument("--resize", default="none", help="none, shortest:N or only-if-bigger:N pixels (%(default)s)")
+    number("--quality", default=95, help="of JPEGs encoded again (%(default)s)")
+    parser.add_argument("--exif-rotate", action="store_true", help="turn pixels upright (the official loader does not)")
+    parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="shards I, I + N, ... only, I from 0")
+    parser.add_argument("--ray", default="", metavar="ADDRESS", help="work on a Ray cluster (auto, or HOST:PORT)")
+    parser.add_argument("--aside", metavar="DIR", help="where shards for a remote OUT are made (NAME.partial here)")
+    parser.add_argument("--dry-run", action="store_true", help="estimate size, time and shards; write nothing")
+    number("--for-ranks", default=8, help="of the training, for the dry run's warning (%(default)s)")
+    number("--for-workers", default=8, help="data workers a rank, likewise (%(default)s)")
+    given = vars(parser.parse_args(arguments))
+    dry, ranks, loaders = (given.pop(name) for name in ("dry_run", "for_ranks", "for_workers"))
+    if dry:
+        return shard_dry_run(given, ranks, loaders)
     from mae_dist.shards.write import shard as write
 
-    manifest = write(given.images, given.out, given.shard_size, given.workers, given.seed, given.max_bad)
+    manifest = write(**given)
+    if manifest is None:
+        print(f"{given['out']}: this part is done; the part that ends last completes it")
+        return 0
     size = sum(s.num_bytes for s in manifest.shards)
     print(
-        f"{given.out}: {manifest.num_samples} images, {len(manifest.classes)} classes, "
+        f"{given['out']}: {manifest.num_samples} images, {len(manifest.classes)} classes, "
         f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
     )
     return 0
@@ -111,6 +132,26 @@ def info(arguments: Sequence[str]) -> int:
         contact_sheet(manifest).save(given.sheet, "PNG")
         print(given.sheet)
     return 0
+
+
+def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
+    from mae_dist.shards.estimate import estimate
+    from mae_dist.shards.write import make_recipe
+
+    names = ("images", "labels", "shard_size", "seed", "resize", "quality", "exif_rotate")
+    expected = estimate(make_recipe(**{name: given[name] for name in names}), given["workers"])
+    print(expected.text(given["workers"]))
+    for line in expected.bad:
+        print(f"unreadable: {line}")
+    if warning := expected.warning(ranks, loaders, given["shard_size"]):
+        print(warning)
+    return 0
+
+
+def part(text: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8)."""
+    i, n = map(int, text.split("/"))
+    return i, n
 
 
 def pretrain(arguments: Sequence[str]) -> int:

@@ -1,212 +1,256 @@
 """Images into tar shards: a plan, then many processes that carry it out, then one rename.
 
-The plan (which file goes into which shard, at which place) depends only on the files and the seed, so the bytes written
-do not depend on the number of processes. Everything is written into `OUT.partial`, which becomes OUT when it is whole.
+All is written into `OUT.partial`: `plan/` (the plan, one small record a finished shard) and `shards/`, which becomes
+OUT when it is whole. A start that finds a plan goes on with it; so do other machines, each with its `--part`.
 """
 
-import hashlib
-import io
-import multiprocessing
 import os
 import shutil
-import tarfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
-from mae_dist import rng
 from mae_dist.errors import UserError
-from mae_dist.shards.manifest import Manifest, Shard
+from mae_dist.shards.convert import Conversion
+from mae_dist.shards.inputs import recognise
+from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard
+from mae_dist.shards.one_shard import Done, already_done, write_shard
+from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
+from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
+from mae_dist.shards.progress import Progress
+from mae_dist.shards.publish import refuse_full, system_of, upload
+from mae_dist.shards.remote import is_remote, join
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
-KEPT_AS_IS = {
-    "JPEG": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-}  # what timm, webdataset and open_clip read; others become PNG
-PLAN_STREAM = 0x706C616E
-MAX_KEY = 90  # a tar header holds names of 100 characters
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image to be sharded."""
-
-    path: Path
-    key: str
-    """Unique, without dots or slashes: webdataset cuts keys at the first dot."""
-    label: int
-    """-1: none."""
-    class_name: str
+RECIPE_NAME = "recipe.json"  # in OUT: what made it, and how a late start knows that it is done
 
 
 @dataclass(frozen=True)
-class Written:
-    """What one process wrote: the shard (None when no image was readable) and the files it could not read."""
+class Place:
+    """OUT, and the directory beside it in which it is made."""
 
-    shard: Shard | None
-    bad: tuple[str, ...]
+    out: str
+    aside: Path
+
+    @property
+    def remote(self) -> bool:
+        return is_remote(self.out)
+
+    @property
+    def plan(self) -> Path:
+        return self.aside / "plan"
+
+    @property
+    def shards(self) -> Path:
+        return self.aside / "shards"
+
+    def lock(self, name: str = "all", timeout: float = -1) -> FileLock:
+        """Between the starts on all machines; the kernel takes it from a start that was killed."""
+        return FileLock(self.aside / f"{name}.lock", timeout=timeout)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.aside, ignore_errors=True)
 
 
-def find_images(images: Path) -> tuple[list[Source], list[str]]:
-    """The images under a directory and the class names.
+def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
+    """OUT.partial beside a local OUT; NAME.partial in the current directory, or `aside`, for a remote one.
 
-    Class folders (`images/CLASS/**/x.jpg`, labels in sorted order of the names) or one flat directory without labels.
-    Raises UserError when there are none, when a class folder has none, or when the two layouts are mixed.
+    Raises UserError for an `aside` where it would be of no use.
     """
-    if not images.is_dir():
-        raise UserError(f"{images}: not a directory; write the one that holds the images or the class folders")
-    is_image = lambda path: path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # noqa: E731
-    flat = sorted(path for path in images.iterdir() if path.is_file() and is_image(path))
-    folders = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if flat and folders:
-        raise UserError(
-            f"{images}: {len(flat)} images beside {len(folders)} folders (such as {folders[0].name}/); "
-            "use class folders only, or one flat directory"
-        )
-    if not flat and not folders:
-        raise UserError(f"{images}: no images here; looked for {', '.join(sorted(SUFFIXES))} and class folders")
-    found: list[tuple[Path, int, str]] = [(path, -1, "") for path in flat]
-    for label, folder in enumerate(folders):
-        members = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
-        if not members:
-            raise UserError(f"{folder}: a class folder without images; remove the folder or add its images")
-        found += [(path, label, folder.name) for path in members]
-    keys = unique_keys([path.relative_to(images) for path, _, _ in found])
-    sources = [Source(path, key, label, name) for (path, label, name), key in zip(found, keys, strict=True)]
-    return sources, [folder.name for folder in folders]
+    if not is_remote(str(out)):
+        if aside:
+            raise UserError(f"--aside is for a remote OUT; for {out} it is {out}.partial")
+        return Place(str(out), Path(f"{Path(out).absolute()}.partial"))
+    name = str(out).rstrip("/").rsplit("/", 1)[-1]
+    return Place(str(out), Path(aside or f"{name}.partial").absolute())
 
 
-def unique_keys(paths: Sequence[Path]) -> list[str]:
-    """A key for each path: its parts without the suffix, dots and slashes as `_`, a hash added where not unique."""
-    plain = [
-        "_".join(path.with_suffix("").parts).replace(".", "_").encode("ascii", "replace").decode().replace("?", "_")
-        for path in paths
-    ]
-    times = Counter(plain)
-    return [
-        key if times[key] == 1 and len(key) <= MAX_KEY
-        else f"{key[: MAX_KEY - 17]}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-        for key, path in zip(plain, paths, strict=True)
-    ]  # fmt: skip
-
-
-def encoded(path: Path) -> tuple[bytes, str]:
-    """The bytes to store and their suffix: the file's own when its format is one that readers know, else a PNG of it.
-
-    The whole image is decoded, so what raises here (OSError, ValueError, SyntaxError) would have raised in training.
-    """
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        if image.format in KEPT_AS_IS:
-            return data, KEPT_AS_IS[image.format]
-        out = io.BytesIO()
-        image.convert("L" if image.mode in ("1", "L") else "RGB").save(out, "PNG")
-        return out.getvalue(), "png"
-
-
-def write_shard(directory: Path, job: tuple[str, Sequence[Source]]) -> Written:
-    """Write one tar and its index: aside, fsync, rename."""
-    name, sources = job
-    rows, bad = [], []
-    aside = directory / f"{name}.tmp"
-    with aside.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for source in sources:
-                try:
-                    data, suffix = encoded(source.path)
-                except Exception as error:  # decoders raise what they like for bad bytes
-                    bad.append(f"{source.path}: {error}")
-                    continue
-                rows.append((tar.offset + tarfile.BLOCKSIZE, len(data), source.label))
-                add(tar, f"{source.key}.{suffix}", data)
-                if source.label >= 0:
-                    add(tar, f"{source.key}.cls", str(source.label).encode())
-                    add(tar, f"{source.key}.txt", source.class_name.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    if not rows:
-        aside.unlink()
-        return Written(None, tuple(bad))
-    np.save((directory / name).with_suffix(".idx.npy"), np.array(rows, dtype=np.int64))
-    entry = Shard.of(aside, name, len(rows))
-    aside.rename(directory / name)
-    return Written(entry, tuple(bad))
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # time 0, owner 0: the same bytes from the same images
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def plan(sources: Sequence[Source], shard_size: int, seed: int) -> list[tuple[str, list[Source]]]:
-    """Shuffle all images by the seed and deal them into shards of `shard_size` (the last may be shorter)."""
-    order = np.argsort(rng.fold(seed ^ PLAN_STREAM, np.arange(len(sources))), kind="stable")
-    pieces = range(0, len(sources), shard_size)
-    digits = max(5, len(str(len(pieces))))
-    return [
-        (f"train-{n:0{digits}d}.tar", [sources[i] for i in order[start : start + shard_size]])
-        for n, start in enumerate(pieces)
-    ]
-
-
-def carry_out(directory: Path, jobs: Sequence[tuple[str, list[Source]]], workers: int) -> Iterator[Written]:
-    """Each shard as it is done, in order, from `workers` processes."""
-    work = partial(write_shard, directory)
-    if workers <= 1:
-        yield from map(work, jobs)
-        return
-    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
-        yield from pool.imap(work, jobs)
+def make_recipe(images: str | Path, labels: str | Path | None = None, **settings: Any) -> Recipe:
+    """Recipe of absolute paths; `settings`: its other fields and those of Conversion. Raises UserError for bad ones."""
+    how = {key: settings.pop(key) for key in ("resize", "quality", "exif_rotate") if key in settings}
+    absolute = [str(Path(path).absolute()) if path else None for path in (images, labels)]
+    return Recipe(absolute[0] or "", absolute[1], conversion=Conversion(**how), **settings)
 
 
 def shard(
-    images: Path, out: Path, shard_size: int = 1000, workers: int = 1, seed: int = 0, max_bad: int = 0
-) -> Manifest:
-    """Turn a directory of images into shards; see `find_images` for the layouts.
+    images: str | Path,
+    out: str | Path,
+    workers: int = 1,
+    max_bad: int = 0,
+    part: tuple[int, int] = (0, 1),
+    ray: str = "",
+    aside: str | Path | None = None,
+    **recipe: Any,
+) -> Manifest | None:
+    """Turn images into shards. The bytes depend on the images and the recipe alone; see `recognise` and `make_recipe`.
 
-    `max_bad`: how many unreadable images to leave out before giving up. Raises UserError for any mistake in the input,
-    with nothing left behind.
+    `max_bad`: how many unreadable images to leave out before giving up. `part` (i, n): make shards i, i + n, ... only;
+    None is returned while other parts are at work, and the part that ends last completes OUT. `ray`: address of a
+    cluster to work on instead of `workers` processes. Raises UserError for any mistake in the input, with nothing left
+    behind, unless other parts may be at work. A start that is killed leaves OUT.partial, and the next goes on with it.
     """
-    if shard_size < 1 or workers < 1:
-        raise UserError(f"--shard-size and --workers must be at least 1, not {shard_size} and {workers}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not empty; write a new directory or remove this one")
-    sources, classes = find_images(images)
-    jobs = plan(sources, shard_size, seed)
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    shards, bad = [], []
+    if workers < 1 or max_bad < 0 or not 0 <= part[0] < part[1]:
+        raise UserError(f"--workers {workers}, --max-bad {max_bad}, --part {part[0]}/{part[1]}: at least 1, 0, i < n")
+    wanted, place = make_recipe(images, labels=recipe.pop("labels", None), **recipe), place_of(out, aside)
+    if ray:
+        find_ray(ray)
+    if finished := _finished_before(place, wanted):
+        return finished
+    place.aside.mkdir(parents=True, exist_ok=True)
     try:
-        with tqdm(total=len(sources), unit="img", desc=f"shard {out}", dynamic_ncols=True) as bar:
-            for (_, members), written in zip(jobs, carry_out(partial_out, jobs, workers), strict=True):
-                shards += [written.shard] if written.shard else []
-                bad += written.bad
-                bar.update(len(members))
-                if len(bad) > max_bad:
-                    raise UserError(
-                        f"unreadable image {bad[0]}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
-                        + "; remove it, or leave such images out with --max-bad N"
-                    )  # fmt: skip
-        if not shards:
-            raise UserError(f"{images}: none of the {len(sources)} images is readable")
-        if bad:
-            (partial_out / "bad_images.txt").write_text("\n".join(bad) + "\n")
-        manifest = Manifest(partial_out, shards, classes)
-        manifest.save()
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
+        with place.lock(f"part-{part[0]}-of-{part[1]}", timeout=0):
+            plan = prepare(place, wanted, workers)
+            carry_out(place, plan, workers, max_bad, part, ray)
+            return finish(place, plan)
+    except Timeout:
+        raise UserError(
+            f"{place.aside}: another mae-dist shard is at work here; wait for it, or write --part"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{error}; start the same command again to go on: finished shards stay in {place.aside}"
+        ) from error
+
+
+def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
+    """OUT, when an earlier start, or the other parts, have completed it by the same recipe: then this start is done.
+
+    Raises UserError when OUT holds anything else and is not ours to go on with.
+    """
+    out = Path(place.out)
+    if place.remote:
+        if Plan.load(place.plan) is None:
+            refuse_full(place.out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        recipe = out / RECIPE_NAME
+        if not recipe.is_file() or recipe.read_text() != wanted.text():
+            raise UserError(f"{out}: already exists and is not empty; write a new directory or remove this one")
+        place.remove()  # left when a start was killed between completing OUT and tidying up
+        return Manifest.load(out)
+    return None
+
+
+def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
+    """The plan: an earlier start's, or a new one. Raises UserError when the earlier one was of another recipe."""
+    with place.lock():
+        plan = Plan.load(place.plan)
+        if plan is None:
+            try:
+                for directory in (place.plan, place.shards):
+                    shutil.rmtree(directory, ignore_errors=True)
+                    directory.mkdir()
+                source = recognise(wanted.images, bool(wanted.labels))
+                return make_plan(place.plan, wanted, source, source.pieces(partial(in_order, workers=workers)))
+            except UserError:
+                place.remove()
+                raise
+    if plan.recipe != wanted:
+        before, now = ({**asdict(r), **asdict(r.conversion)} for r in (plan.recipe, wanted))
+        changed = [key for key in now if now[key] != before[key] and key != "conversion"]
+        differences = ", ".join(f"{key} {before[key]} (now {now[key]})" for key in changed)
+        raise UserError(
+            f"{place.aside}: holds an unfinished start with {differences}; give the same options, or remove it"
+        )
+    return plan
+
+
+def carry_out(place: Place, plan: Plan, workers: int, max_bad: int, part: tuple[int, int], ray: str) -> None:
+    """Write the shards of this part that are missing. Raises UserError beyond `max_bad` unreadable images."""
+    done = already_done(place.aside, plan, place.remote)
+    mine = range(part[0], plan.num_shards, part[1])
+    missing = [i for i in mine if i not in done]
+    bad = [*plan.bad, *(line for record in done.values() for line in record.bad)]
+    total = sum(min(plan.recipe.shard_size, plan.count - i * plan.recipe.shard_size) for i in mine)
+    progress = Progress(f"shard {place.out}", total, sum(done[i].images for i in mine if i in done))
+    work = partial(write_shard, place.aside, place.out if place.remote else "")
+    results = on_ray(work, missing, ray) if ray else in_processes(work, missing, workers)
+    try:
+        _check(bad, max_bad, place, part)
+        for record in results:
+            if record:
+                progress.add(record.images, record.shard.num_bytes if record.shard else 0)
+                bad += record.bad
+                _check(bad, max_bad, place, part)
+            progress.tick()
+    except TooManyBad:
+        results.close()  # end the processes first: they would write into what is removed
+        if part[1] == 1:
+            _remove_all(place, plan)
         raise
+    finally:
+        progress.close()
+
+
+class TooManyBad(UserError):
+    """More unreadable images than allowed."""
+
+
+def _check(bad: Sequence[str], max_bad: int, place: Place, part: tuple[int, int]) -> None:
+    if len(bad) > max_bad:
+        kept = f"; what is written stays in {place.aside} for the other parts" if part[1] > 1 else ""
+        raise TooManyBad(
+            f"unreadable image {bad[0]}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
+            + f"; remove it, or leave such images out with --max-bad N{kept}"
+        )  # fmt: skip
+
+
+def _remove_all(place: Place, plan: Plan) -> None:
+    """OUT.partial, and what was uploaded already."""
+    if place.remote:
+        for record in already_done(place.aside, plan, True).values():
+            for name in [record.shard.name, record.shard.name.replace(".tar", ".idx.npy")] if record.shard else []:
+                system, target = system_of(join(place.out, name))
+                system.rm(target)
+    place.remove()
+
+
+def finish(place: Place, plan: Plan) -> Manifest | None:
+    """Complete OUT if every shard is there, whichever part wrote it. None: other parts have not ended yet."""
+    with place.lock():
+        if Plan.load(place.plan) is None:  # another part was faster
+            place.remove()
+            return None if place.remote else Manifest.load(place.out)
+        done = already_done(place.aside, plan, place.remote)
+        if len(done) < plan.num_shards:
+            return None
+        records: list[Done] = [done[i] for i in range(plan.num_shards)]
+        shards = [record.shard for record in records if record.shard]
+        bad = [*plan.bad, *(line for record in records for line in record.bad)]
+        if not shards:
+            _remove_all(place, plan)
+            raise UserError(f"{plan.recipe.images}: none of the {plan.count} images is readable, such as {bad[0]}")
+        manifest = complete(place, plan, shards, bad)
+        place.remove()
+        return manifest
+
+
+def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str]) -> Manifest:
+    """All that lies in OUT beside the shards, and OUT. Done again, it does the same."""
+    manifest = Manifest(place.shards, shards, plan.classes)
+    indexes = {manifest.index_path(i) for i in range(len(shards))}
+    expected = indexes | {manifest.tar_path(i) for i in range(len(shards))}
+    for path in place.shards.iterdir():
+        if path not in expected:
+            path.unlink()  # half-written by a start that was killed
+    if bad:
+        (place.shards / "bad_images.txt").write_text("\n".join(bad) + "\n")
+    (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
+    manifest.save()
+    for path in set(place.shards.iterdir()) - expected:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if place.remote:
+        others = (path for path in place.shards.iterdir() if path not in indexes)
+        for path in sorted(others, key=lambda path: path.name == FILE_NAME):  # the manifest last: then OUT is whole
+            upload(path, place.out)
+        return manifest
+    out = Path(place.out)
     if out.exists():
         out.rmdir()
-    partial_out.rename(out)
-    return Manifest(out, shards, classes)
+    sync_directory(place.shards)
+    place.shards.rename(out)
+    sync_directory(place.aside.parent)
+    return Manifest(out, shards, plan.classes)

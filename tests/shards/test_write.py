@@ -12,8 +12,9 @@ from PIL import Image
 
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest
+from mae_dist.shards.plan import hashed_key, plain_key
 from mae_dist.shards.store import LocalStore
-from mae_dist.shards.write import find_images, shard, unique_keys
+from mae_dist.shards.write import shard
 from tests.conftest import mae_dist, write_images
 
 
@@ -108,12 +109,21 @@ def test_other_formats_become_what_readers_know(tmp_path):
         assert sorted(tar.getnames()) == ["a.png", "b.png", "c.png"]
 
 
-def test_keys_have_no_dots_and_stay_apart():
-    paths = [Path("a/x.1.jpg"), Path("a/x_1.jpg"), Path("a/y.jpg"), Path("ü/z.jpg"), Path("é/z.jpg"), Path("n" * 200)]
-    keys = unique_keys(paths)
-    assert len(set(keys)) == len(paths)
+def test_keys_have_no_dots_and_stay_apart(tmp_path):
+    """Two names that give one key, names that are not ASCII, and one that no tar header holds."""
+    names = ["a/x.1.jpg", "a/x_1.jpg", "a/y.jpg", "ü/z.jpg", "é/z.jpg", f"a/{'n' * 200}.jpg"]
+    for i, name in enumerate(names):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i * 40, 0, 0)).save(path)
+    manifest = shard(tmp_path / "in", tmp_path / "out")
+    with tarfile.open(manifest.tar_path(0)) as tar:
+        keys = [Path(name).stem for name in tar.getnames() if name.endswith(".jpg")]
+    assert len(set(keys)) == len(names)
     assert all("." not in key and "/" not in key and len(key) <= 90 and key.isascii() for key in keys)
-    assert keys[2] == "a_y"
+    assert "a_y" in keys
+    assert hashed_key(names[0]) in keys and hashed_key(names[1]) in keys
+    assert plain_key(names[0]) == plain_key(names[1]) == "a_x_1"
 
 
 def broken(images: Path, tmp_path: Path, how: str) -> Path:
@@ -167,4 +177,5 @@ def test_an_existing_directory_is_never_overwritten(images, tmp_path):
     with pytest.raises(UserError, match="not empty"):
         shard(images, tmp_path)
     with pytest.raises(UserError, match="not a directory"):
-        find_images(tmp_path / "precious")
+        shard(tmp_path / "precious", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]

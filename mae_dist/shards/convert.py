@@ -1,0 +1,78 @@
+"""One image as it will be stored: its own bytes wherever that is possible, else repaired, turned upright or resized.
+
+Every image is decoded whole, so what raises here would have raised in training.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from mae_dist.errors import UserError
+
+# What timm, webdataset and open_clip read; others become PNG. MPO: the JPEG of phones, with a second picture behind it.
+KEPT_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+ORIENTATION = 0x0112  # EXIF tag; 1: upright
+RESIZES = ("none", "shortest", "only-if-bigger")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    resize: str = "none"
+    """`none`, `shortest:N` (the shorter side becomes N pixels) or `only-if-bigger:N` (the same, but never enlarged)."""
+    quality: int = 95
+    """Of the JPEG and WebP images that have to be encoded again."""
+    exif_rotate: bool = False
+    """Turn pixels upright as EXIF says. Off: the paper's loader ignores EXIF, and so does ours."""
+
+    def __post_init__(self) -> None:
+        kind, _, side = self.resize.partition(":")
+        if self.resize != "none" and not (kind in RESIZES[1:] and side.isdecimal() and int(side) > 0):
+            raise UserError(f"--resize {self.resize}: write none, shortest:256 or only-if-bigger:512")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality}: write a number from 1 to 100")
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after resizing."""
+        kind, _, side = self.resize.partition(":")
+        short = min(width, height)
+        if kind == "none" or short == int(side) or (kind == "only-if-bigger" and short < int(side)):
+            return width, height
+        return max(1, round(width * int(side) / short)), max(1, round(height * int(side) / short))
+
+
+def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
+    """The bytes to store and their suffix, which follows the bytes, not the file's name.
+
+    The given bytes when nothing has to change. Encoded again: what `how` resizes or turns, CMYK JPEGs (as RGB), formats
+    that readers do not know (as PNG). The format stays otherwise, and so do grey and transparent images. Raises what
+    PIL raises (OSError, ValueError, SyntaxError, DecompressionBombError) for bytes that are no image.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        kind = image.format or ""
+        image.load()
+        turned = how.exif_rotate and image.getexif().get(ORIENTATION, 1) in range(2, 9)
+        upright = ImageOps.exif_transpose(image) if turned else image
+        size = how.size(*upright.size)
+        if not turned and size == upright.size and kind in KEPT_AS_IS and image.mode != "CMYK":
+            return data, KEPT_AS_IS[kind]
+        pixels = upright.convert(plain_mode(upright))
+    if size != pixels.size:
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)  # PIL's is antialiased
+    out = io.BytesIO()
+    suffix = KEPT_AS_IS.get(kind, "png")
+    options: dict[str, Any] = {} if suffix == "png" else {"quality": how.quality}
+    # No metadata is carried over: an orientation tag would turn upright pixels once more in readers that heed it.
+    pixels.info.clear()
+    pixels.save(out, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix], **options)
+    return out.getvalue(), suffix
+
+
+def plain_mode(image: Image.Image) -> str:
+    """The mode that keeps what every reader understands: grey, RGB, or RGB with transparency."""
+    if image.mode in ("1", "L"):
+        return "L"
+    if image.format in ("JPEG", "MPO"):
+        return "RGB"
+    return "RGBA" if image.has_transparency_data else "RGB"

@@ -1,0 +1,133 @@
+"""One shard of a plan: read its images, convert them, write tar, index and record, each whole or not at all."""
+
+import io
+import json
+import os
+import socket
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mae_dist.shards.convert import convert
+from mae_dist.shards.inputs import Reader
+from mae_dist.shards.manifest import Shard
+from mae_dist.shards.plan import Item, Plan, replace_whole, sync_directory
+from mae_dist.shards.publish import upload
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one shard of the plan."""
+
+    shard: Shard | None
+    """None when none of its images was readable."""
+    images: int
+    """As planned, readable or not."""
+    bad: list[str]
+
+    def save(self, path: Path) -> None:
+        shard = vars(self.shard) if self.shard else None
+        replace_whole(path, json.dumps({"shard": shard, "images": self.images, "bad": self.bad}).encode())
+
+    @staticmethod
+    def load(path: Path) -> "Done":
+        record = json.loads(path.read_text())
+        return Done(Shard(**record["shard"]) if record["shard"] else None, record["images"], record["bad"])
+
+
+@lru_cache(maxsize=1)
+def _opened(plan_directory: Path) -> tuple[Plan, Reader]:
+    """The plan and its reader: once a process, not once a shard."""
+    plan = Plan.load(plan_directory)
+    assert plan, plan_directory
+    return plan, Reader(plan.root, plan.containers)
+
+
+def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
+    """Write one tar and its index into `aside`/shards, whole or not at all, and its record into `aside`/plan.
+
+    `publish_to`: a remote OUT to upload both to, which keeps the index only here; empty for a local OUT.
+    """
+    plan, reader = _opened(aside / "plan")
+    name = plan.shard_name(shard)
+    tar_path, index_path = aside / "shards" / f"{name}.tar", aside / "shards" / f"{name}.idx.npy"
+    # Two starts may write the same shard at once, from two machines: the same bytes under names of their own.
+    unfinished = aside / "plan" / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    items = plan.items(shard)
+    try:
+        with unfinished.open("wb") as file:
+            rows, bad = fill(file, plan, reader, items)
+        if not rows:
+            unfinished.unlink()
+            done = Done(None, len(items), bad)
+        else:
+            done = Done(Shard.of(unfinished, tar_path.name, len(rows)), len(items), bad)
+            content = io.BytesIO()
+            np.save(content, np.array(rows, dtype=np.int64))
+            replace_whole(index_path, content.getvalue())
+            unfinished.rename(tar_path)
+            sync_directory(tar_path.parent)
+            if publish_to:
+                upload(tar_path, publish_to)
+                upload(index_path, publish_to)
+                tar_path.unlink()
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    done.save(done_path(aside, plan, shard))
+    return done
+
+
+def fill(
+    file: BinaryIO, plan: Plan, reader: Reader, items: Sequence[Item]
+) -> tuple[list[tuple[int, int, int]], list[str]]:
+    """Write the tar and fsync it. Returns the index's rows (offset, length, label) and what was unreadable."""
+    rows, bad = [], []
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for item in items:
+            try:
+                data, suffix = convert(reader.read(item.container, item.origin, *item.place), plan.recipe.conversion)
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise what they like for bad bytes
+                bad.append(f"{reader.where(item.container, item.origin)}: {error}")
+                continue
+            rows.append((tar.offset + tarfile.BLOCKSIZE, len(data), item.label))  # type: ignore[attr-defined]
+            add(tar, f"{item.key}.{suffix}", data)
+            if item.label >= 0:
+                add(tar, f"{item.key}.cls", str(item.label).encode())
+                add(tar, f"{item.key}.txt", plan.class_name(item.label).encode())
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
+    file.flush()
+    os.fsync(file.fileno())
+    return rows, bad
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # time 0, owner 0: the same bytes from the same images
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def done_path(aside: Path, plan: Plan, shard: int) -> Path:
+    return aside / "plan" / f"{plan.shard_name(shard)}.done"
+
+
+def already_done(aside: Path, plan: Plan, remote: bool) -> dict[int, Done]:
+    """The shards that earlier starts, or other parts, have finished: a record, and (when local) a tar of its size."""
+    recorded = {entry.name for entry in os.scandir(aside / "plan") if entry.name.endswith(".done")}
+    found = {}
+    for shard in range(plan.num_shards):
+        path = done_path(aside, plan, shard)
+        if path.name not in recorded:
+            continue
+        done = Done.load(path)
+        tar = aside / "shards" / done.shard.name if done.shard else None
+        if tar is None or remote or (tar.is_file() and tar.stat().st_size == done.shard.num_bytes):  # type: ignore[union-attr]
+            found[shard] = done
+    return found

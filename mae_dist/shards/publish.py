@@ -1,0 +1,48 @@
+"""From here to a remote OUT (any fsspec URL)."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from mae_dist.errors import UserError
+from mae_dist.shards.remote import join
+
+TRIES, PAUSE = 5, 1.0  # attempts, and seconds before the second; each pause is twice as long as the one before
+
+
+def system_of(url: str) -> tuple[Any, str]:
+    """The fsspec file system and the path on it. Raises UserError for a protocol that fsspec or this machine lacks."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: {error}") from error
+
+
+def upload(path: Path, url: str) -> None:
+    """Put a file into the remote directory, with a few tries. Raises the last error, an OSError of the system's."""
+    system, target = system_of(join(url, path.name))
+    for attempt in range(TRIES):
+        try:
+            system.put_file(str(path), target)
+            if system.size(target) != path.stat().st_size:
+                raise OSError(f"{url}: {path.name} arrived with {system.size(target)} of {path.stat().st_size} bytes")
+            return
+        except OSError:
+            system.invalidate_cache()
+            if attempt == TRIES - 1:
+                raise
+            time.sleep(PAUSE * 2**attempt)
+
+
+def refuse_full(url: str) -> None:
+    """Raises UserError when something is there already."""
+    system, target = system_of(url)
+    try:
+        full = bool(system.ls(target, detail=False))
+    except FileNotFoundError:
+        full = False
+    if full:
+        raise UserError(f"{url}: already exists and is not empty; write a new directory or remove this one")
+    system.makedirs(target, exist_ok=True)

@@ -1,0 +1,213 @@
+"""What images can come from: the same images give the same shards, whether they lie in folders or in tars."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mae_dist.errors import UserError
+from mae_dist.shards import Manifest
+from mae_dist.shards.store import LocalStore
+from mae_dist.shards.write import shard
+from tests.conftest import write_images
+
+WNIDS = ["n01440764", "n01443537", "n02102040"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """Class folders named as ILSVRC's, 3 x 7 images NAME_i.JPEG."""
+    made = write_images(tmp_path_factory.mktemp("raw"), classes=3, each=7, seed=5)
+    out = tmp_path_factory.mktemp("ilsvrc") / "train"
+    for c, wnid in enumerate(WNIDS):
+        (out / wnid).mkdir(parents=True)
+        for i, path in enumerate(sorted((made / f"class_{c}").iterdir())):
+            path.rename(out / wnid / f"{wnid}_{i}.JPEG")
+    return out
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def class_tar(folder: Path, path: Path) -> Path:
+    """Members in an order of their own, as tars have them."""
+    return tar_of(path, {p.name: p.read_bytes() for p in sorted(folder.iterdir(), key=lambda p: p.name[::-1])})
+
+
+def tars(manifest: Manifest) -> list[bytes]:
+    return [manifest.tar_path(i).read_bytes() for i in range(len(manifest.shards))]
+
+
+def pairs(manifest: Manifest) -> list[tuple[bytes, int]]:
+    store = LocalStore(manifest)
+    return sorted(store.read(i, j) for i, n in enumerate(manifest.counts) for j in range(n))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_ilsvrc_class_tars_give_the_bytes_of_the_folders_they_unpack_to(folders, tmp_path, nested):
+    expected = shard(folders, tmp_path / "a", shard_size=8)
+    (tmp_path / "tars").mkdir()
+    inner = [class_tar(folders / wnid, tmp_path / "tars" / f"{wnid}.tar") for wnid in WNIDS]
+    source = tmp_path / "tars"
+    if nested:
+        source = tar_of(tmp_path / "ILSVRC2012_img_train.tar", {p.name: p.read_bytes() for p in reversed(inner)})
+    found = shard(source, tmp_path / "b", shard_size=8, workers=2)
+    assert list(found.classes) == WNIDS
+    assert tars(found) == tars(expected)
+
+
+@pytest.fixture
+def validation(folders, tmp_path) -> tuple[Path, list[str]]:
+    """A tar of all images under names of their own, and their wnids in the order of the names."""
+    images = sorted(folders.rglob("*.JPEG"), key=lambda path: path.name[::-1])
+    members = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": path.read_bytes() for i, path in enumerate(images)}
+    path = tar_of(tmp_path / "val.tar", dict(reversed(members.items())))
+    return path, [image.parent.name for image in images]
+
+
+@pytest.mark.parametrize("form", ["wnid", "number", "name and wnid", "name and number"])
+def test_validation_tar_with_its_labels(folders, validation, tmp_path, form):
+    path, wnids = validation
+    words = [str(WNIDS.index(wnid)) if "number" in form else wnid for wnid in wnids]
+    lines = [f"ILSVRC2012_val_{i + 1:08d}.JPEG {word}" if "name" in form else word for i, word in enumerate(words)]
+    (tmp_path / "labels.txt").write_text("\n".join(reversed(lines) if "name" in form else lines) + "\n")
+    found = shard(path, tmp_path / "out", labels=tmp_path / "labels.txt")
+    assert pairs(found) == pairs(shard(folders, tmp_path / "again"))
+    assert list(found.classes) == (["0", "1", "2"] if "number" in form else WNIDS)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["1"] * 21, r"numbers from 1, but labels count from 0; the devkit's ground truth"),
+        (["0"] * 20, r"20 lines for 21 images"),
+        (["0 1 2"] * 21, r"21 lines for 21 images; one LABEL or NAME LABEL each"),
+        ([f"x{i}.JPEG 0" for i in range(21)], r"no line for ILSVRC2012_val_00000001.JPEG \(nor for 20 more\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_an_error(validation, tmp_path, lines, says):
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=says):
+        shard(validation[0], tmp_path / "out", labels=tmp_path / "labels.txt")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_shards_can_be_sharded_again(images, shards, tmp_path):
+    again = shard(shards, tmp_path / "again", shard_size=7, seed=9, workers=2)
+    assert pairs(again) == pairs(Manifest.load(shards))
+    assert list(again.classes) == ["class_0", "class_1"]
+    assert max(again.counts) == 7
+
+
+def test_tars_of_somebody_else(folders, tmp_path):
+    """img2dataset's layout: equal keys in two tars, texts beside the images, labels in .cls or none; a glob pattern."""
+    data = [path.read_bytes() for path in sorted(folders.rglob("*.JPEG"))]
+    for t in range(2):
+        members = {}
+        for i in range(5):
+            members[f"./{i:05d}.jpg"] = data[t * 5 + i]
+            members[f"{i:05d}.json"] = b"{}"
+            if t:
+                members[f"{i:05d}.cls"] = str(i % 2).encode()
+        tar_of(tmp_path / f"{t:05d}.tar", members)
+    manifest = shard(f"{tmp_path}/0000?.tar", tmp_path / "out")
+    expected = [(data[i], -1) for i in range(5)] + [(data[5 + i], i % 2) for i in range(5)]
+    assert pairs(manifest) == sorted(expected)
+    assert list(manifest.classes) == ["0", "1"]
+    with tarfile.open(manifest.tar_path(0)) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".jpg")]
+    assert len(set(names)) == 10
+
+
+@pytest.mark.parametrize(("cut", "left"), [("header", 4), ("data", 4)])
+def test_a_tar_that_is_cut_short_is_bad_input_and_no_smaller_data_set(folders, tmp_path, cut, left):
+    data = [path.read_bytes() for path in sorted(folders.rglob("*.JPEG"))]
+    path = tar_of(tmp_path / "x.tar", {f"{i}.jpg": data[i] for i in range(8)})
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[4]
+    path.write_bytes(path.read_bytes()[: member.offset if cut == "header" else member.offset_data + 100])
+    with pytest.raises(UserError, match=r"x\.tar: (cut short|unexpected end)"):
+        shard(path, tmp_path / "out")
+    manifest = shard(path, tmp_path / "out", max_bad=1)
+    assert pairs(manifest) == sorted((d, -1) for d in data[:left])
+    assert "x.tar" in (tmp_path / "out" / "bad_images.txt").read_text()
+
+
+def parquet(path: Path, rows: list[dict], names: list[str] | None = None) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_pylist(rows)
+    if names:
+        note = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(note)})
+    pq.write_table(table, path, row_group_size=3)
+    return path
+
+
+def test_parquet_as_on_hugging_face(folders, tmp_path):
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    expected = []
+    for f, wnid in enumerate(WNIDS):
+        data = [path.read_bytes() for path in sorted((folders / wnid).iterdir())]
+        expected += [(d, f) for d in data]
+        rows = [{"image": {"bytes": d, "path": None}, "label": f} for d in data]
+        parquet(tmp_path / "repo" / "data" / f"train-0000{f}-of-00003.parquet", rows, WNIDS)
+    manifest = shard(tmp_path / "repo", tmp_path / "out", shard_size=10, workers=2)
+    assert pairs(manifest) == sorted(expected)
+    assert list(manifest.classes) == WNIDS
+    parquet(tmp_path / "repo" / "data" / "validation-00000-of-00001.parquet", rows)
+    with pytest.raises(
+        UserError, match=r"holds the splits train, validation; shard one at a time, for example '.*train"
+    ):
+        shard(tmp_path / "repo", tmp_path / "other")
+    one = shard(tmp_path / "repo" / "data" / "validation-00000-of-00001.parquet", tmp_path / "val")
+    assert one.num_samples == 7
+    assert list(one.classes) == ["0", "1", "2"]
+
+
+def test_parquet_without_labels_and_a_row_without_bytes(folders, tmp_path):
+    data = (folders / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").read_bytes()
+    rows = [{"image": {"bytes": data, "path": "a.jpg"}}, {"image": {"bytes": None, "path": "b.jpg"}}]
+    path = parquet(tmp_path / "x.parquet", rows)
+    with pytest.raises(UserError, match=r"x\.parquet: x/1: a row without bytes"):
+        shard(path, tmp_path / "out")
+    assert pairs(shard(path, tmp_path / "out", max_bad=1)) == [(data, -1)]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda d: parquet(d / "a.parquet", [{"text": "x"}]), "no column image with bytes"),
+        (
+            lambda d: parquet(d / "a.parquet", [{"image": {"bytes": b""}, "label": "cat"}]),
+            "holds (large_)?string, not ints",
+        ),
+        (lambda d: (d / "a.parquet").write_bytes(b"no"), "not a parquet file"),
+        (lambda d: tar_of(d / "a.tar", {"a.txt": b""}), "no images in it"),
+        (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"cat"}), "b'cat' is no class number"),
+        (lambda d: (d / "a.tar").write_bytes(b"no tar" * 200), "a.tar"),
+        (lambda d: (tar_of(d / "a.tar", {}), (d / "b.jpg").touch()), "side by side"),
+    ],
+)
+def test_what_is_no_input_is_named_and_leaves_nothing(tmp_path, make, says):
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in")
+    with pytest.raises(UserError, match=says):
+        shard(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_shuffle_is_one_of_all_images(tmp_path):
+    """Each shard of class-sorted input holds all classes about equally: 300 images, 3 classes, shards of 100."""
+    manifest = shard(write_images(tmp_path / "in", classes=3, each=100, size=8), tmp_path / "out", shard_size=100)
+    for i in range(3):
+        counts = np.bincount(np.load(manifest.index_path(i))[:, 2], minlength=3)
+        assert (abs(counts - 100 / 3) < 5 * np.sqrt(100 / 3)).all()

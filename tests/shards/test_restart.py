@@ -1,0 +1,180 @@
+"""Killed, split over machines, started twice: the same bytes in the end, and OUT is whole or not there."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from mae_dist.errors import UserError
+from mae_dist.shards.one_shard import write_shard
+from mae_dist.shards.write import make_recipe, place_of, prepare, shard
+from tests.conftest import mae_dist, write_images
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def records(out: Path) -> int:
+    return len(list(Path(f"{out}.partial").glob("plan/*.done")))
+
+
+def kill_at(command: list[str], out: Path, shards: int) -> int:
+    """Start, SIGKILL when so many more shards are done (some are then half-written); returns how many are done."""
+    before = records(out)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and records(out) < before + shards:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    _, said = process.communicate(timeout=60)  # returns when the workers have gone too: they hold the pipe
+    assert process.returncode == -signal.SIGKILL, said
+    assert not out.exists()
+    return records(out)
+
+
+def test_killed_five_times_and_finished_gives_the_bytes_of_an_uninterrupted_run(tmp_path):
+    images = write_images(tmp_path / "in", classes=3, each=80, size=64)
+    settings = ["--shard-size", "4", "--resize", "shortest:200", "--seed", "3"]
+    mae_dist("shard", images, tmp_path / "whole", "--workers", 1, *settings)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "mae_dist", "shard", str(images), str(out), "--workers", "3", *settings]
+    choose = random.Random()
+    done = [kill_at(command, out, choose.randint(0, 8)) for _ in range(5)]
+    assert done == sorted(done)
+    mae_dist(*command[3:])
+    assert content(out) == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "killed", "whole"]
+    print(f"shards done at each kill: {done}, of 60; {len(content(out))} files equal")
+
+
+def test_a_restart_writes_only_what_is_missing(images, tmp_path):
+    out = tmp_path / "out"
+    place = place_of(out)
+    place.aside.mkdir()
+    plan = prepare(place, make_recipe(images, shard_size=10), workers=1)
+    for i in (0, 3):
+        write_shard(place.aside, "", i)
+    kept = {path: path.stat().st_mtime_ns for path in place.shards.iterdir()}
+    (place.shards / f"{plan.shard_name(3)}.tar").write_bytes(b"cut")  # as by a disk that lied: its size says so
+    time.sleep(0.01)
+    shard(images, out, shard_size=10)
+    for path, written in kept.items():
+        now = (out / path.name).stat().st_mtime_ns
+        assert (now == written) == ("00000" in path.name), path.name
+
+
+def test_other_settings_do_not_go_on_with_an_unfinished_start(images, tmp_path):
+    out = tmp_path / "out"
+    shard(images, out, shard_size=10, part=(0, 2))
+    with pytest.raises(UserError, match=r"seed 0 \(now 1\), resize none \(now shortest:8\); give the same options"):
+        shard(images, out, shard_size=10, seed=1, resize="shortest:8")
+    assert records(out) == 3  # nothing lost by asking
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_parts_in_any_order_give_the_same_bytes_and_the_last_completes(images, shards, tmp_path, n):
+    out = tmp_path / "out"
+    order = random.sample(range(n), n)
+    results = [shard(images, out, shard_size=10, part=(i, n)) for i in order]
+    last = max(order.index(i) for i in range(min(n, 5)))  # 5 shards: parts beyond have nothing to do
+    assert [result is None for result in results] == [i < last for i in range(n)]
+    assert results[-1].num_samples == 46
+    assert content(out) == content(shards)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_parts_at_the_same_time(images, shards, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mae_dist", "shard", str(images), str(out), "--shard-size", "10", "--workers", "1"]
+    parts = [subprocess.Popen([*command, "--part", f"{i}/3"], stdout=subprocess.PIPE, text=True) for i in range(3)]
+    said = [process.communicate(timeout=120)[0] for process in parts]
+    assert [process.returncode for process in parts] == [0, 0, 0]
+    assert content(out) == content(shards)
+    assert 1 <= sum("46 images" in line for line in said) <= 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_second_start_beside_a_running_one_is_refused(images, tmp_path):
+    place = place_of(tmp_path / "out")
+    place.aside.mkdir()
+    with FileLock(place.aside / "part-0-of-1.lock"), pytest.raises(UserError, match="another mae-dist shard"):
+        shard(images, tmp_path / "out")
+
+
+def test_a_start_killed_between_the_rename_and_tidying_up_is_done(images, shards, tmp_path):
+    out = tmp_path / "out"
+    shard(images, out, shard_size=10, part=(0, 2))
+    shutil.rmtree(tmp_path / "out.partial" / "shards")  # it has become OUT
+    shutil.copytree(shards, out)
+    assert shard(images, out, shard_size=10).num_samples == 46
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(images, tmp_path, monkeypatch):
+    from mae_dist.shards import processes
+
+    with pytest.raises(UserError, match="one of 2 processes was killed"):
+        list(processes.in_processes(kill_yourself, [1, 2, 3], workers=2))
+
+
+def kill_yourself(job: int) -> None:
+    import os
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_too_many_bad_images_in_a_part_leave_the_other_parts_their_work(images, tmp_path):
+    copy = tmp_path / "in"
+    shutil.copytree(images, copy)
+    for path in copy.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"unreadable image .*--max-bad N; what is written stays in .*out.partial"):
+        shard(copy, tmp_path / "out", shard_size=10, part=(1, 2), max_bad=3)
+    with pytest.raises(UserError, match="none of the 46 images is readable"):
+        shard(copy, tmp_path / "out", shard_size=10, max_bad=100)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_without_a_terminal_progress_is_json_lines(images, tmp_path):
+    done = mae_dist("shard", images, tmp_path / "out", "--workers", 2, "--shard-size", 10)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert lines[-1]["images"] == lines[-1]["of"] == 46
+    assert lines[-1].keys() >= {"images_per_s", "mb_per_s", "eta_s", "seconds"}
+
+
+def test_a_dry_run_writes_nothing_and_comes_close(images, shards, tmp_path):
+    done = mae_dist("shard", images, tmp_path / "out", "--shard-size", 10, "--dry-run", "--for-ranks", 2)
+    assert "46 images, 2 classes\n5 shards, about" in done.stdout
+    assert "warning: 5 shards of 10 are too few for 2 ranks x 8 workers" in done.stdout
+    assert not list(tmp_path.iterdir())
+    said = float(re.search(r"about ([\d.]+) GB", done.stdout)[1]) * 1e9
+    real = sum(path.stat().st_size for path in shards.glob("*.tar"))
+    assert abs(said - real) < 0.3 * real + 1e6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--resize", "256"], "write none, shortest:256 or only-if-bigger:512"),
+        (["--resize", "shortest:0"], "write none"),
+        (["--quality", "0"], "a number from 1 to 100"),
+        (["--part", "2/2"], "--part 2/2"),
+        (["--part", "x"], "--part"),
+        (["--shard-size", "0"], "--shard-size must be at least 1"),
+        (["--labels", "nowhere.txt"], "--labels is for one flat directory"),
+        (["--aside", "elsewhere"], "--aside is for a remote OUT"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_leaves_nothing(images, tmp_path, options, says):
+    done = mae_dist("shard", images, tmp_path / "out", *options, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
