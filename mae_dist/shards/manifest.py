@@ -1,12 +1,14 @@
 """What there is: the shards of a directory, their counts and sizes, and where each sample lies inside them.
 
-`manifest.json` lists the shards; beside each `NAME.tar` lies `NAME.idx.npy`, an int64 table of one row a sample
+`manifest.json` lists the shards; beside it lies `NAME.idx.npy` for each `NAME.tar`, an int64 table of one row a sample
 (offset and length of the image's bytes in the tar, label or -1). Counts alone decide the order; only reading touches
-the tables. `_info.json` (timm) and `sizes.json` (open_clip) say the same to other readers.
+the tables. The tars lie in the same directory, or anywhere: then their names are URLs or absolute paths.
+`_info.json` (timm) and `sizes.json` (open_clip) say the same to other readers.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
+from mae_dist.shards import remote
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -23,11 +26,13 @@ VERSION = 1
 @dataclass(frozen=True)
 class Shard:
     name: str
-    """File name of the tar, relative to the manifest."""
+    """File name of the tar beside the manifest, or its place when it lies elsewhere: URL, `pipe:` or absolute path."""
     count: int
     """Samples in it."""
     num_bytes: int
     sha256: str
+    index: str = ""
+    """File name of the index beside the manifest; empty: that of the tar, `.idx.npy` for `.tar`."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,16 @@ class Manifest:
         """16 hex digits that change when any shard's content, or their order, does."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
+    def place(self, shard: int) -> str:
+        """Where the tar lies: a local path, or what `remote.open_stream` takes."""
+        return remote.join(str(self.directory), self.shards[shard].name)
+
     def tar_path(self, shard: int) -> Path:
-        return self.directory / self.shards[shard].name
+        """`place` of a shard on this machine's file system."""
+        return Path(self.place(shard))
 
     def index_path(self, shard: int) -> Path:
-        return self.tar_path(shard).with_suffix(".idx.npy")
+        return self.directory / (self.shards[shard].index or index_name(self.shards[shard].name))
 
     def split(self, held_out: int) -> tuple["Manifest", "Manifest"]:
         """All but the last `held_out` shards, and those. Raises UserError when nothing would be left to train on."""
@@ -88,7 +98,7 @@ class Manifest:
 
     @staticmethod
     def load(directory: str | Path) -> "Manifest":
-        """Read a directory of shards and check that every file is there at its full size.
+        """Read a directory of shards and check that every file is there at its full size (remote ones: when fetched).
 
         Raises UserError, naming the file, when the manifest is missing or broken or a shard is missing or cut short.
         """
@@ -111,11 +121,20 @@ class Manifest:
     def _check_shard(self, i: int) -> None:
         shard, tar = self.shards[i], self.tar_path(i)
         advice = "copy it again, or shard the images again"
+        if not self.index_path(i).is_file():
+            raise UserError(f"{self.index_path(i)}: missing; {advice}")
+        if remote.is_remote(shard.name):
+            return
         if not tar.is_file():
             raise UserError(f"{tar}: missing, but listed in {self.directory / FILE_NAME}; {advice}")
         size = tar.stat().st_size
         if size != shard.num_bytes:
             kind = "cut short" if size < shard.num_bytes else "longer than written"
             raise UserError(f"{tar}: {kind}, {size} bytes where the manifest says {shard.num_bytes}; {advice}")
-        if not self.index_path(i).is_file():
-            raise UserError(f"{self.index_path(i)}: missing; {advice}")
+
+
+def index_name(place: str) -> str:
+    """File name of a tar's index: the last part of its place that can be a file name, `.idx.npy` for `.tar`."""
+    words = re.findall(r"[\w.-]*\w", place)
+    tars = [word for word in words if word.endswith(".tar")]
+    return (tars or words or ["shard"])[-1].removesuffix(".tar") + ".idx.npy"
