@@ -18,6 +18,7 @@ from mae_dist.data.options import DataConfig
 from mae_dist.data.source import Source
 from mae_dist.errors import UserError
 from mae_dist.shards.order import FileOrder, SampleOrder, Samples
+from mae_dist.shards.prefetch import Course
 
 PREFETCH = 4  # batches ahead, each worker
 
@@ -76,6 +77,22 @@ class RankPositions(Sampler):
             k += 1
 
 
+def fetched_ahead(
+    positions: RankPositions, source: Source, course: Course, workers: int
+) -> Iterator[NDArray[np.int64]]:
+    """The positions of a rank; on the first rank of a node, remote shards are fetched for the node as they go."""
+    behind = 1 + PREFETCH * max(1, workers)
+    prefetcher = source.prefetcher(course, behind) if course.ranks else None
+    try:
+        for micro_batch in positions:
+            if prefetcher:
+                prefetcher.at(int(micro_batch[0]) // positions.global_batch_size)
+            yield micro_batch
+    finally:
+        if prefetcher:
+            prefetcher.close()
+
+
 def _start_worker(_: int) -> None:
     """Workers end when their trainer does; the signals that a scheduler sends to all processes are the trainer's."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -119,8 +136,8 @@ class ImageStream:
     """The training batches of one rank, for ever, beginning with global batch `start`.
 
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
-    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. An
-    unreadable image raises UserError, naming it.
+    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. `node`: the
+    ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image raises UserError, naming it.
     """
 
     def __init__(
@@ -135,14 +152,20 @@ class ImageStream:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        node: range | None = None,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         self.positions = RankPositions(start, global_batch_size, accumulate, rank, world_size)
         self.views = Views(source, self.order.lookup, partial(augment, size=size, config=config, seed=seed))
         self.workers, self.pin_memory = config.workers, pin_memory
+        ranks = range(rank, rank + 1) if node is None else node
+        self.course = Course(
+            self.order.counts, seed, config.lanes, config.window, global_batch_size, ranks, world_size, start
+        )
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.views, self.positions, self.workers, self.pin_memory)
+        positions = fetched_ahead(self.positions, self.views.source, self.course, self.workers)
+        return _batches(self.views, positions, self.workers, self.pin_memory)
 
 
 def evaluation_batches(

@@ -8,7 +8,7 @@ from mae_dist.errors import UserError
 @dataclass(frozen=True)
 class DataConfig:
     shards: str | None = None
-    """Directory of training shards, as `mae-dist shard` makes it."""
+    """Directory of training shards, as `mae-dist shard` makes it; a path or any fsspec URL (s3://bucket/train)."""
     val_shards: int | str | None = None
     """Held-out shards for the validation loss: a directory, or how many of the training shards to hold out."""
     fake: bool = False
@@ -26,6 +26,10 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean and standard deviation a channel, of pixels in [0, 1]; one value each serves any number of channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    cache_dir: str | None = None
+    """Directory on this node's own disk for remote shards (s3://, https://, pipe:); null: one in the temporary one."""
+    cache_bytes: int | None = None
+    """Bytes that remote shards may take there; null: most of what is free."""
     workers: int = 8
     """Decoding processes a rank; 0 decodes in the training process."""
     lanes: int = 1
@@ -57,5 +61,7 @@ class DataConfig:
             raise UserError(f"data.flip: {self.flip} is not a probability in [0, 1]")
         if not 0 < self.eval_crop <= 1:
             raise UserError(f"data.eval_crop: {self.eval_crop} is not in (0, 1]")
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise UserError(f"data.cache_bytes: {self.cache_bytes}: write the bytes that remote shards may take")
         if self.workers < 0 or self.lanes < 1 or self.window < 0 or self.fake_size < 1:
             raise UserError("data: workers and window must be at least 0, lanes and fake_size at least 1")

@@ -8,8 +8,11 @@ from numpy.typing import NDArray
 from mae_dist.data.decode import decode
 from mae_dist.data.options import DataConfig
 from mae_dist.errors import UserError
+from mae_dist.shards.cache import Cache
 from mae_dist.shards.manifest import Manifest
-from mae_dist.shards.store import LocalStore
+from mae_dist.shards.mirror import load_manifest
+from mae_dist.shards.prefetch import Course, Prefetcher
+from mae_dist.shards.store import RemoteStore, open_store
 
 
 class Source(Protocol):
@@ -27,12 +30,23 @@ class Source(Protocol):
         """(H, W, C) uint8 and the label (-1: none)."""
         ...
 
+    def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
+        """What fetches the samples of a course ahead of need, to be closed at the end; None: they are here."""
+        ...
+
+    def counts_read(self) -> dict[str, int]:
+        """What this process, its workers and its prefetcher read and fetched so far; empty for local data."""
+        ...
+
 
 class ShardSource:
-    """The images of a manifest. Raises UserError, naming shard and sample, when one cannot be decoded."""
+    """The images of a manifest. Raises UserError, naming shard and sample, when one cannot be decoded.
 
-    def __init__(self, manifest: Manifest, channels: int):
-        self.store = LocalStore(manifest)
+    `cache`: for remote shards; None for the default one.
+    """
+
+    def __init__(self, manifest: Manifest, channels: int, cache: Cache | None = None):
+        self.store = open_store(manifest, cache)
         self.channels = channels
 
     @property
@@ -49,6 +63,14 @@ class ShardSource:
             return decode(data, self.channels), label
         except Exception as error:  # decoders raise what they like for bad bytes
             raise UserError(f"{self.store.where(shard, index)}: unreadable image: {error}") from error
+
+    def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
+        if isinstance(self.store, RemoteStore):
+            return Prefetcher(self.store.cache, self.store.shards, course, behind)
+        return None
+
+    def counts_read(self) -> dict[str, int]:
+        return self.store.cache.counters.totals() if isinstance(self.store, RemoteStore) else {}
 
 
 class FakeSource:
@@ -69,16 +91,23 @@ class FakeSource:
         pixels = np.array(image)
         return (pixels if pixels.ndim == 3 else pixels[..., None]), int(label)
 
+    def prefetcher(self, course: Course, behind: int) -> None:
+        return None
+
+    def counts_read(self) -> dict[str, int]:
+        return {}
+
 
 def open_sources(config: DataConfig, image_size: tuple[int, int], channels: int) -> tuple[Source, Source | None]:
     """The training and the held-out source of a config (None: nothing held out). Raises UserError for bad shards."""
     if config.fake:
         return FakeSource(config.fake_size, image_size, channels), None
-    train = Manifest.load(config.shards or "")
+    cache = Cache(config.cache_dir, config.cache_bytes)
+    train = load_manifest(config.shards or "", cache)
     if isinstance(config.val_shards, str):
-        val = Manifest.load(config.val_shards)
+        val = load_manifest(config.val_shards, cache)
     elif config.val_shards:
         train, val = train.split(config.val_shards)
     else:
-        return ShardSource(train, channels), None
-    return ShardSource(train, channels), ShardSource(val, channels)
+        return ShardSource(train, channels, cache), None
+    return ShardSource(train, channels, cache), ShardSource(val, channels, cache)
