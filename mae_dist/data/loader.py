@@ -12,9 +12,10 @@ from torch import Tensor
 from mae_dist.data.augment import View, centre_views, finish, random_views
 from mae_dist.data.bad import BadSample, BadSamples, stand_ins
 from mae_dist.data.options import DataConfig
-from mae_dist.data.ring import Ring, Table
+from mae_dist.data.ring import HELD, Ring, Table, batches_ahead
 from mae_dist.data.source import Source
 from mae_dist.shards.order import FileOrder, SampleOrder, Samples
+from mae_dist.shards.prefetch import Course
 
 Ints = NDArray[np.int64]
 POSITION, EPOCH, SHARD, ROW, ID, LABEL = range(6)  # columns of a table, one row a sample
@@ -98,6 +99,19 @@ def rank_positions(start: int, global_batch_size: int, accumulate: int, rank: in
         k += 1
 
 
+def fetched_ahead(positions: Iterable[Ints], source: Source, course: Course, behind: int) -> Iterator[Ints]:
+    """The positions of a rank; on the first rank of a node, remote shards are fetched for the node as they go."""
+    prefetcher = source.prefetcher(course, behind) if course.ranks else None
+    try:
+        for micro_batch in positions:
+            if prefetcher:
+                prefetcher.at(int(micro_batch[0]) // course.global_batch_size)
+            yield micro_batch
+    finally:
+        if prefetcher:
+            prefetcher.close()
+
+
 def _batches(
     views: Views, positions: Iterable[Ints], workers: int, batch_size: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
@@ -127,8 +141,9 @@ class ImageStream:
     """The training batches of one rank, for ever, beginning with global batch `start`.
 
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
-    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. An
-    unreadable image is listed in `bad` and replaced by another of its window; without `bad` it raises UserError.
+    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. `node`:
+    the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image is listed in `bad` and
+    replaced by another of its window; without `bad` it raises UserError.
     """
 
     def __init__(
@@ -144,6 +159,7 @@ class ImageStream:
         world_size: int = 1,
         pin_memory: bool = False,
         bad: BadSamples | None = None,
+        node: range | None = None,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         self.positions = partial(rank_positions, start, global_batch_size, accumulate, rank, world_size)
@@ -154,9 +170,15 @@ class ImageStream:
         self.views = Views(source, self.order.lookup, views, replace, size, config, bad)
         self.workers, self.pin_memory = config.workers, pin_memory
         self.batch_size = global_batch_size // world_size // accumulate
+        ranks = range(rank, rank + 1) if node is None else node
+        self.course = Course(
+            self.order.counts, seed, config.lanes, config.window, global_batch_size, ranks, world_size, start
+        )
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.views, self.positions(), self.workers, self.batch_size, self.pin_memory)
+        behind = 1 + HELD + batches_ahead(self.workers, self.batch_size)
+        positions = fetched_ahead(self.positions(), self.views.source, self.course, behind)
+        return _batches(self.views, positions, self.workers, self.batch_size, self.pin_memory)
 
 
 def evaluation_batches(

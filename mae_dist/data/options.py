@@ -11,7 +11,8 @@ from mae_dist.errors import UserError
 @dataclass(frozen=True)
 class DataConfig:
     shards: str | None = None
-    """Directory of training shards with a manifest, as `mae-dist shard` and `mae-dist index` make it."""
+    """Directory of training shards with a manifest, as `mae-dist shard` and `mae-dist index` make it; a path or any
+    fsspec URL (s3://bucket/train)."""
     mode: Literal["exact", "webdataset"] = "exact"
     """webdataset: `shards` is a list that cannot be indexed ('https://host/{000..063}.tar', 'pipe:...'), read as it
     comes: neither exact nor resumable."""
@@ -34,13 +35,17 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean and standard deviation a channel, of pixels in [0, 1]; one value each serves any number of channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    cache_dir: str | None = None
+    """Directory on this node's own disk for remote shards (s3://, https://, pipe:); null: one in the temporary one."""
+    cache_bytes: int | None = None
+    """Bytes that remote shards may take there; null: most of what is free."""
     workers: int = 8
     """Decoding processes a rank; 0 decodes in the training process."""
     decoder: Decoder = "fast"
     """fast: libjpeg-turbo, then torch's bicubic. region: the same pixels, decoding no more than each crop (needs
     TurboJPEG 3 on every node). pil: crops equal to the official loader's to the bit, at half the speed."""
     max_pixels: int = MAX_PIXELS
-    """An image whose header says more is a bad sample, refused before it is decoded (PIL refuses 179 million anyway)."""
+    """An image whose header says more is a bad sample, refused before it is decoded (PIL refuses 179 million)."""
     max_bad_fraction: float = 1e-4
     """Share of the samples read that may be bad (unreadable) before the run stops; 10 always may, unless this is 0."""
     lanes: int = 1
@@ -79,6 +84,8 @@ class DataConfig:
             raise UserError(f"data.max_pixels: {self.max_pixels}: write a number of at least 1")
         if self.decoder == "region":
             library()  # raises where it is missing
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise UserError(f"data.cache_bytes: {self.cache_bytes}: write the bytes that remote shards may take")
         if self.workers < 0 or self.lanes < 1 or self.window < 0 or self.fake_size < 1:
             raise UserError("data: workers and window must be at least 0, lanes and fake_size at least 1")
 

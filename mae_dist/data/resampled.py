@@ -26,6 +26,7 @@ from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.index import IMAGE_SUFFIXES, expand, integer_label
+from mae_dist.shards.prefetch import Course
 
 AHEAD = 4  # batches that each worker makes ahead of need
 BUFFER = 1000  # encoded samples that a worker shuffles
@@ -116,6 +117,12 @@ class ResampledSource:
         pixels, label = self._pictures[index]
         return cut(pixels, choose), label
 
+    def prefetcher(self, course: Course, behind: int) -> None:
+        return None
+
+    def counts_read(self) -> dict[str, int]:
+        return {}
+
     def images(self, patience: Patience, seed: str | None) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """Decoded images, (H, W, C) uint8, and labels; those that cannot be decoded are said and left out."""
         for where, (data, label) in encoded_images(self.urls, patience, seed):
@@ -179,8 +186,9 @@ class ResampledStream:
         world_size: int = 1,
         pin_memory: bool = False,
         bad: BadSamples | None = None,
+        node: range | None = None,
     ):
-        """As `ImageStream`; what cannot be read is said and left out here, so `bad` stays empty."""
+        """As `ImageStream`. What cannot be read is said and left out, so `bad` stays empty; nothing is fetched ahead."""
         assert isinstance(source, ResampledSource)
         self.source, self.size, self.config, self.seed = source, size, config, seed
         self.global_batch_size, self.accumulate, self.start = global_batch_size, accumulate, start

@@ -51,7 +51,7 @@ class Ring:
 
     def __init__(self, fill: Fill, workers: int, batch: int, columns: int, shape: tuple[int, int, int], pin: bool):
         self.fill = fill
-        self.ahead = max(AHEAD, -(-3 * workers * TASK // batch))
+        self.ahead = batches_ahead(workers, batch)
         slots = self.ahead + HELD
         self.task = max(TASK, -(-slots * batch // MAX_TASKS))
         self.pieces = -(-batch // self.task)
@@ -182,6 +182,11 @@ class Ring:
                 number = -worker - 1
                 poll.unregister(self.tasks)  # its words stay as they are; it only waits for the end
             os.write(self.made, NUMBER.pack(number))
+
+
+def batches_ahead(workers: int, batch: int) -> int:
+    """Batches being made or ready before they are asked for: at least as many as keep every worker busy."""
+    return max(AHEAD, -(-3 * workers * TASK // batch))
 
 
 def _pin(memory: mmap.mmap) -> bool:

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from mae_dist.data.bad import BadSample
 from mae_dist.data.decode import MAX_PIXELS, Box, Decoder, cut, decode, whole
 from mae_dist.data.options import DataConfig
+from mae_dist.shards.cache import Cache
 from mae_dist.shards.manifest import Manifest
-from mae_dist.shards.store import LocalStore
+from mae_dist.shards.mirror import load_manifest
+from mae_dist.shards.prefetch import Course, Prefetcher
+from mae_dist.shards.store import RemoteStore, open_store
 
 Choose = Callable[[int, int], Box]
 
@@ -36,12 +39,30 @@ class Source(Protocol):
         """
         ...
 
+    def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
+        """What fetches the samples of a course ahead of need, to be closed at the end; None: they are here."""
+        ...
+
+    def counts_read(self) -> dict[str, int]:
+        """What this process, its workers and its prefetcher read and fetched so far; empty for local data."""
+        ...
+
 
 class ShardSource:
-    """The images of a manifest. Raises BadSample, naming shard and sample, when one cannot be decoded."""
+    """The images of a manifest. Raises BadSample, naming shard and sample, when one cannot be decoded.
 
-    def __init__(self, manifest: Manifest, channels: int, decoder: Decoder = "fast", max_pixels: int = MAX_PIXELS):
-        self.store = LocalStore(manifest)
+    `cache`: for remote shards; None for the default one.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        channels: int,
+        cache: Cache | None = None,
+        decoder: Decoder = "fast",
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.store = open_store(manifest, cache)
         self.channels, self.max_pixels = channels, max_pixels
         self.decoder: Decoder = decoder
 
@@ -59,6 +80,14 @@ class ShardSource:
             return decode(data, self.channels, choose, self.decoder, self.max_pixels), label
         except Exception as error:  # decoders raise what they like for bad bytes
             raise BadSample(self.store.where(shard, index), str(error)) from error
+
+    def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
+        if isinstance(self.store, RemoteStore):
+            return Prefetcher(self.store.cache, self.store.shards, course, behind)
+        return None
+
+    def counts_read(self) -> dict[str, int]:
+        return self.store.cache.counters.totals() if isinstance(self.store, RemoteStore) else {}
 
 
 class FakeSource:
@@ -80,20 +109,27 @@ class FakeSource:
         pixels = np.array(image)
         return cut(pixels if pixels.ndim == 3 else pixels[..., None], choose), int(label)
 
+    def prefetcher(self, course: Course, behind: int) -> None:
+        return None
+
+    def counts_read(self) -> dict[str, int]:
+        return {}
+
 
 def open_sources(config: DataConfig, image_size: tuple[int, int], channels: int) -> tuple[Source, Source | None]:
     """The training and the held-out source of a config (None: nothing held out). Raises UserError for bad shards."""
     if config.fake:
         return FakeSource(config.fake_size, image_size, channels), None
-    how = channels, config.decoder, config.max_pixels
+    cache = Cache(config.cache_dir, config.cache_bytes)
+    how = channels, cache, config.decoder, config.max_pixels
     if config.mode == "webdataset":
         from mae_dist.data.resampled import ResampledSource  # the one mode that needs webdataset
 
-        held_out = Manifest.load(config.val_shards) if isinstance(config.val_shards, str) else None
+        held_out = load_manifest(config.val_shards, cache) if isinstance(config.val_shards, str) else None
         return ResampledSource(config, channels), ShardSource(held_out, *how) if held_out else None
-    train = Manifest.load(config.shards or "")
+    train = load_manifest(config.shards or "", cache)
     if isinstance(config.val_shards, str):
-        val = Manifest.load(config.val_shards)
+        val = load_manifest(config.val_shards, cache)
     elif config.val_shards:
         train, val = train.split(config.val_shards)
     else:

@@ -49,6 +49,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def node(self) -> range:
+        """On the first rank of each node: the ranks of this node, for what is done once a node. Elsewhere: empty."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        return range(self.rank, self.rank + int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if first else self.rank)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

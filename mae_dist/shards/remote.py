@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.config import conf
 
 PIPE = "pipe:"
 
@@ -27,22 +28,33 @@ def open_stream(place: str) -> IO[bytes]:
         process = subprocess.Popen(place[len(PIPE) :], shell=True, stdout=subprocess.PIPE)
         assert process.stdout
         return _Piped(process)  # type: ignore[return-value]
-    opening: Any = fsspec.open(place, "rb")
-    return opening.open()
+    system, path = _system(place)
+    return system.open(path, "rb")
 
 
 def read_range(place: str, start: int, end: int) -> bytes:
     """Bytes [start, end) without reading what lies before. Raises OSError; a `pipe:` has no ranges."""
     if place.startswith(PIPE):
         raise OSError(f"{place}: a command has no ranges to read")
-    system, path = fsspec.core.url_to_fs(place)
+    system, path = _system(place)
     return system.cat_file(path, start=start, end=end)
 
 
 def size(place: str) -> int:
     """Bytes there. Raises OSError."""
-    system, path = fsspec.core.url_to_fs(place)
+    system, path = _system(place)
     return int(system.size(path))
+
+
+def _system(place: str) -> tuple[Any, str]:
+    """The file system of a place and the path in it."""
+    if not place.startswith(("http://", "https://")):
+        return fsspec.core.url_to_fs(place)
+    from aiohttp import ClientTimeout  # slow to import, needed here only
+
+    # Its default is five minutes for a whole file, however long, and as much for a server that has fallen silent.
+    timeout = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+    return fsspec.core.url_to_fs(place, client_kwargs=timeout | conf.get("http", {}).get("client_kwargs", {}))
 
 
 class _Piped:

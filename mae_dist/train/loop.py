@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,6 +47,8 @@ class Run:
     total_steps: int
     epoch_steps: float
     """Updates in one epoch; a batch may straddle two."""
+    counts_read: Callable[[], dict[str, int]]
+    """Of remote shards: hits, misses, bytes and so on since the start, by this rank and its prefetcher."""
     schedule: CosineSchedule
     checkpoints: Checkpoints
     meta: dict
@@ -76,7 +78,8 @@ def train(run: Run) -> None:
         if last or done % config.log_every == 0:
             reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, run.bad.count())
             if run.journal:
-                run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
+                counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
+                run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
                 progress.show(done, reading.metrics)
             check_skipped(reading.skipped_in_row, config.max_skipped, done)
             run.bad.check(reading.bad_samples, min(done * config.global_batch_size, run.num_samples))

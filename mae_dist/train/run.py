@@ -25,7 +25,7 @@ from mae_dist.train.validate import Validation
 
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
 FREE = {
-    "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction",
+    "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
 }  # fmt: skip
@@ -78,7 +78,7 @@ def _train(
     bad = BadSamples(run_dir, config.data.max_bad_fraction)
     stream = (ImageStream if config.data.mode == "exact" else ResampledStream)(
         sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
-        world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad,
+        world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
     run = Run(
         config=config,
@@ -91,6 +91,7 @@ def _train(
         start=start,
         total_steps=total,
         epoch_steps=epoch_steps,
+        counts_read=sources[0].counts_read,
         schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
         checkpoints=checkpoints,
         meta=meta,

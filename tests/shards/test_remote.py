@@ -1,0 +1,276 @@
+"""Shards on servers: the same samples and the same pixels as from local shards, each shard once a node, or an error."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fsspec.config import conf, set_conf_env
+
+from mae_dist.data import DataConfig, ImageStream, open_sources
+from mae_dist.errors import UserError
+from mae_dist.shards import Manifest, SampleOrder, download, prefetch, store
+from mae_dist.shards.prefetch import Course
+from tests.conftest import TINY, losses, mae_dist
+from tests.shards.servers import HTTPServer, S3Server
+
+SIZE = (16, 16)
+
+
+@pytest.fixture
+def server(shards):
+    started = HTTPServer(shards)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def s3(shards):
+    """`s3://shards/train` on this machine, for this process and those that it starts."""
+    started = S3Server(shards)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        before = dict(conf)
+        set_conf_env(conf)
+        yield started
+        conf.clear()
+        conf.update(before)
+    started.stop()
+
+
+def stream(place, cache=None, workers=0, batch=23, limit=None, lanes=1, window=0, **options) -> ImageStream:
+    cache_dir = str(cache) if cache else None
+    config = DataConfig(
+        shards=str(place), workers=workers, cache_dir=cache_dir, cache_bytes=limit, lanes=lanes, window=window
+    )
+    return ImageStream(open_sources(config, SIZE, 3)[0], SIZE, config, seed=5, global_batch_size=batch, **options)
+
+
+def take(batches, count) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, pixels) of the next `count` batches."""
+    taken = [next(batches) for _ in range(count)]
+    return torch.cat([batch.ids for batch in taken]), torch.cat([batch.images for batch in taken])
+
+
+def assert_same(found, expected) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def tar_requests(server) -> list[str]:
+    return [name for name, _, _ in server.requests if name.endswith(".tar")]
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_from_a_web_server_are_those_of_local_shards(shards, tmp_path, workers, ranges):
+    server = HTTPServer(shards, ranges)
+    batches = iter(stream(server.url, tmp_path / "cache", workers))
+    found = take(batches, 4)
+    assert_same(found, take(iter(stream(shards)), 4))
+    assert sorted(found[0][:46].tolist()) == sorted(found[0][46:].tolist()) == list(range(46))
+    batches.close()
+    server.stop()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_smaller_than_the_data_changes_nothing_but_the_traffic(shards, server, tmp_path, workers):
+    largest = max(shard.num_bytes for shard in Manifest.load(shards).shards)
+    options = {"batch": 2, "window": 4}
+    batches = iter(stream(server.url, tmp_path / "cache", workers, limit=4 * largest, **options))
+    found = []
+    for _ in range(46):
+        found.append(take(batches, 1))
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 4 * largest
+    expected = take(iter(stream(shards, **options)), 46)
+    assert_same([torch.cat(part) for part in zip(*found, strict=True)], expected)
+    batches.close()
+
+
+def test_shards_that_will_be_needed_are_there_before_they_are(shards, server, tmp_path):
+    made = stream(server.url, tmp_path / "cache", batch=2, window=5)
+    batches = iter(made)
+    next(batches)
+    deadline = time.monotonic() + 30
+    while len(list((tmp_path / "cache").glob("*.tar"))) < 3:  # its own, and those of two windows ahead
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    counted = made.views.source.counts_read()
+    take(batches, 2)
+    now = made.views.source.counts_read()
+    assert (now["hits"] - counted["hits"], now["misses"] - counted["misses"]) == (4, 0)
+    batches.close()
+
+
+def test_samples_of_shards_that_have_not_arrived_are_read_by_ranges_so_often_and_no_more(
+    shards, server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "RANGES", 3)
+    source = stream(server.url, tmp_path / "cache").views.source
+    local = open_sources(DataConfig(shards=str(shards)), SIZE, 3)[0]
+    for index in range(6):
+        assert np.array_equal(source.pixels(1, index)[0], local.pixels(1, index)[0])
+    name = Manifest.load(shards).shards[1].name
+    assert len(server.asked(name)) == 4
+    counted = source.counts_read()
+    assert (counted["misses"], counted["ranges"], counted["hits"], counted["downloads"]) == (4, 3, 2, 1)
+
+
+def test_a_command_has_no_ranges_and_is_waited_for(shards, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    listing = json.loads((copy / "manifest.json").read_text())
+    for shard in listing["shards"]:
+        shard["name"] = f"pipe:cat {shards}/{shard['name']}"
+    (copy / "manifest.json").write_text(json.dumps(listing))
+    made = stream(copy, tmp_path / "cache", workers=1)
+    batches = iter(made)
+    assert_same(take(batches, 2), take(iter(stream(shards)), 2))
+    counted = made.views.source.counts_read()
+    assert (counted["ranges"], counted["downloads"]) == (0, 5)
+    batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_shard_is_an_error_with_its_place(shards, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    shutil.copytree(shards, tmp_path / "served")
+    name = Manifest.load(shards).shards[2].name
+    (tmp_path / "served" / name).unlink()
+    server = HTTPServer(tmp_path / "served")
+    with pytest.raises(UserError, match=rf"^{server.url}/{name}: not there, tried 3 times, last error: FileNotFound"):
+        take(iter(stream(server.url, tmp_path / "cache", workers)), 2)
+    server.stop()
+
+
+def test_a_cache_that_is_too_small_for_the_order_is_refused_before_the_first_batch(server, tmp_path):
+    with pytest.raises(UserError, match=r"data.cache_bytes: 9999 bytes in .* write --data.cache_bytes \d+, or another"):
+        next(iter(stream(server.url, tmp_path / "cache", limit=9999)))
+
+
+def test_a_remote_manifest_is_copied_once_and_again_when_it_changes(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "served")
+    server = HTTPServer(tmp_path / "served")
+    for _ in range(2):
+        assert stream(server.url, tmp_path / "cache").views.source.digest == Manifest.load(shards).digest
+    assert len([name for name, _, _ in server.requests if name.endswith(".npy")]) == 5
+    listing = json.loads((shards / "manifest.json").read_text())
+    listing["shards"] = listing["shards"][:3]
+    (tmp_path / "served" / "manifest.json").write_text(json.dumps(listing))
+    assert len(stream(server.url, tmp_path / "cache").views.source.counts) == 3
+    server.stop()
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(1, 0), (1, 7), (4, 5), (6, 30)])
+@pytest.mark.parametrize(("ranks", "world_size"), [(range(1), 1), (range(2, 4), 6), (range(3), 3)])
+def test_a_course_names_the_shards_that_the_ranks_of_a_node_read(lanes, window, ranks, world_size):
+    counts, batch = np.array([3, 11, 1, 0, 29, 8]), 12
+    course = Course(counts, 3, lanes, window, batch, ranks, world_size, start=2)
+    order = SampleOrder(counts, 3, lanes, window)
+    for (k, shards), expected_k in zip(course.upcoming(), range(2, 12), strict=False):
+        mine = [p for p in range(k * batch, (k + 1) * batch) if (p - k * batch) % world_size in ranks]
+        assert k == expected_k
+        assert shards == list(dict.fromkeys(order.lookup(mine).shard.tolist()))
+
+
+def test_the_prefetcher_ends_with_a_trainer_that_is_killed(shards, server, tmp_path):
+    code = f"""
+import os
+from tests.shards.test_remote import stream
+batches = iter(stream({server.url!r}, {str(tmp_path / "cache")!r}))
+next(batches)
+print(*open(f"/proc/self/task/{{os.getpid()}}/children").read().split(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (child,) = map(int, done.stdout.split())
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, "the prefetcher outlives its trainer"
+        time.sleep(0.02)
+
+
+def test_training_goes_on_without_its_prefetcher(shards, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch.sys, "executable", shutil.which("false"))
+    batches = iter(stream(server.url, tmp_path / "cache"))
+    assert_same(take(batches, 4), take(iter(stream(shards)), 4))
+    batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_from_s3_survives_a_restart_of_the_server(shards, s3, tmp_path, workers):
+    options = {"batch": 2, "window": 4}
+    largest = max(shard.num_bytes for shard in Manifest.load(shards).shards)
+    made = stream("s3://shards/train", tmp_path / "cache", workers, limit=4 * largest, **options)
+    batches = iter(made)
+    found = [take(batches, 8)]
+    s3.stop()
+    threading.Timer(1.0, s3.start).start()
+    found.append(take(batches, 15))
+    ids, pixels = (torch.cat(part) for part in zip(*found, strict=True))
+    assert_same((ids, pixels), take(iter(stream(shards, **options)), 23))
+    assert sorted(ids.tolist()) == list(range(46))
+    assert made.views.source.counts_read()["retries"] > 0
+    batches.close()
+
+
+def whole_downloads(s3) -> list[int]:
+    """How often each shard was asked for from its first byte on."""
+    asked = {name: count for (name, wanted), count in s3.requests.items() if wanted.startswith("bytes=0-")}
+    return [count for name, count in sorted(asked.items()) if name.endswith(".tar")]
+
+
+def pretrain(shards, runs, *more: str) -> list[str]:
+    return [
+        "pretrain", *TINY, f"--data.shards={shards}", f"--train.runs_dir={runs}", "--train.name=t",
+        "--data.workers=2", "--train.global_batch_size=2", "--data.window=4", "--train.eval_every=100",
+        "--train.steps=46", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.dist
+def test_two_ranks_train_from_s3_through_a_restart_of_it_and_download_each_shard_once(shards, s3, tmp_path):
+    """Two epochs in steps of two images; the server goes away for two seconds in the middle of the first."""
+    mae_dist(*pretrain(shards, tmp_path / "local"))
+    s3.requests.clear()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    torchrun += ["--nproc-per-node=2", "-m", "mae_dist"]
+    cache = f"--data.cache_dir={tmp_path / 'cache'}"
+    job = subprocess.Popen(
+        [*torchrun, *pretrain("s3://shards/train", tmp_path / "s3", cache)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    journal, deadline = tmp_path / "s3" / "t" / "journal.jsonl", time.monotonic() + 100
+    while not (journal.exists() and '"step":3,' in journal.read_text()):
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0].decode()
+        time.sleep(0.01)
+    s3.stop()
+    time.sleep(2)
+    s3.start()
+    output = job.communicate(timeout=100)[0].decode()
+    assert job.returncode == 0, output
+    assert losses(tmp_path / "s3" / "t") == pytest.approx(losses(tmp_path / "local" / "t"), rel=1e-5)
+    assert whole_downloads(s3) == [1] * 5
+    counted = [json.loads(line) for line in journal.read_text().splitlines() if "remote/hits" in line][-1]["metrics"]
+    assert counted["remote/hits"] > counted["remote/misses"] and counted["remote/bytes"] > 0
+    print({name: value for name, value in counted.items() if name.startswith("remote/")})
+
+
+@pytest.mark.dist
+def test_a_shard_missing_on_the_server_ends_the_run_with_one_line(shards, s3, tmp_path):
+    name = f"shards/train/{Manifest.load(shards).shards[1].name}"
+    s3.system.rm_file(name)
+    done = mae_dist(*pretrain("s3://shards/train", tmp_path, f"--data.cache_dir={tmp_path / 'cache'}"), check=False)
+    s3.system.put_file(str(shards / Path(name).name), name)
+    assert done.returncode == 2
+    assert f"error: s3://{name}: not there, tried 3 times" in done.stderr and "Traceback" not in done.stderr
+    print(done.stderr)
