@@ -1,7 +1,9 @@
 """What is in a directory of shards, for people: numbers, a histogram of classes, and a picture."""
 
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,63 +14,78 @@ from mae_dist.shards import remote
 from mae_dist.shards.manifest import Manifest
 
 CLASSES_SHOWN = 20
+LENGTHS_READ = 1_000_000  # or a few more; of more images than that, some
 BAR = 40  # characters
 SORTED_ABOVE = 2.0  # times the same-class pairs of a full shuffle
 COLUMNS, ROWS, TILE, GAP = 8, 8, 112, 4
 PAPER, INK = (255, 255, 255), (90, 90, 90)
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Labels, counted."""
+
+    totals: Counter[int]
+    """Samples by label."""
+    concentration: float
+    """Same-class pairs inside the shards, as a multiple of those expected of shuffled shards; nan without labels."""
+
+
+def count_classes(shards: Iterable[NDArray[np.int64]]) -> Classes:
+    """Count labels shard by shard; each (n,), -1 for none."""
+    totals: Counter[int] = Counter()
+    same = pairs = 0
+    for labels in shards:
+        known, times = np.unique(labels[labels >= 0], return_counts=True)
+        totals.update(dict(zip(known.tolist(), times.tolist(), strict=True)))
+        same += int((times * (times - 1)).sum())
+        pairs += int(times.sum() * (times.sum() - 1))
+    n = totals.total()
+    expected = sum(times * (times - 1) for times in totals.values()) / max(1, n * (n - 1))
+    return Classes(totals, same / pairs / expected if pairs and expected else float("nan"))
+
+
 def describe(manifest: Manifest) -> str:
     """Counts, sizes, classes and advice on the order, as text of several lines."""
-    tables = [np.load(manifest.index_path(i)) for i in range(len(manifest.shards))]
-    lengths = np.concatenate([table[:, 1] for table in tables])
-    labels = [table[:, 2] for table in tables]
+    step, lengths = 1 + manifest.num_samples // LENGTHS_READ, []
+
+    def labels() -> Iterator[NDArray[np.int64]]:  # one shard in memory at a time
+        for i in range(len(manifest.shards)):
+            table = np.load(manifest.index_path(i))
+            lengths.append(table[::step, 1].copy())
+            yield table[:, 2]
+
+    classes = count_classes(labels())
     counts, size = manifest.counts, sum(shard.num_bytes for shard in manifest.shards)
-    low, middle, high = np.percentile(lengths, [5, 50, 95]) / 1e3
+    low, middle, high = np.percentile(np.concatenate(lengths), [5, 50, 95]) / 1e3
     lines = [
         f"shards   {len(counts)}, {size / 1e6:.1f} MB, {counts.min()} to {counts.max()} images each",
         f"images   {manifest.num_samples}, {middle:.1f} kB each (90 % between {low:.1f} and {high:.1f})",
         f"digest   {manifest.digest}",
-        *histogram(np.concatenate(labels), manifest.classes),
-        shuffle_hint(manifest, labels),
+        *histogram(classes.totals, manifest),
+        shuffle_hint(manifest, classes.concentration),
     ]
     return "\n".join(lines)
 
 
-def histogram(labels: NDArray[np.int64], names: object) -> Iterator[str]:
-    """A line a class, the most frequent first. `labels`: (N,), -1 for none."""
-    known, times = np.unique(labels[labels >= 0], return_counts=True)
-    unlabelled = len(labels) - int(times.sum())
-    if not len(known):
+def histogram(totals: Counter[int], manifest: Manifest) -> Iterator[str]:
+    """A line a class, the most frequent first."""
+    unlabelled = manifest.num_samples - totals.total()
+    if not totals:
         yield "classes  none: no sample has a label"
         return
     missing = f"; {unlabelled} images have no label" if unlabelled else ""
-    yield f"classes  {len(known)}, {times.min()} to {times.max()} images each{missing}"
-    for i in np.argsort(-times, kind="stable")[:CLASSES_SHOWN]:
-        label = int(known[i])
-        name = names[label] if isinstance(names, list | tuple) and label < len(names) else ""
-        yield f"  {label:6d} {name:16.16} {times[i]:9d} {'#' * round(BAR * times[i] / times.max())}"
-    if len(known) > CLASSES_SHOWN:
-        yield f"  ... and {len(known) - CLASSES_SHOWN} more"
+    highest = max(totals.values())
+    yield f"classes  {len(totals)}, {min(totals.values())} to {highest} images each{missing}"
+    for label, times in totals.most_common(CLASSES_SHOWN):
+        name = manifest.classes[label] if label < len(manifest.classes) else ""
+        yield f"  {label:6d} {name:16.16} {times:9d} {'#' * round(BAR * times / highest)}"
+    if len(totals) > CLASSES_SHOWN:
+        yield f"  ... and {len(totals) - CLASSES_SHOWN} more"
 
 
-def class_concentration(labels: list[NDArray[np.int64]]) -> float:
-    """Same-class pairs inside the shards, as a multiple of those expected of shuffled shards; nan without labels."""
-    width = int(max(shard.max(initial=-1) for shard in labels)) + 1
-    total, same, pairs = np.zeros(width), 0.0, 0.0
-    for shard in labels:
-        times = np.bincount(shard[shard >= 0], minlength=width).astype(float)
-        same += (times * (times - 1)).sum()
-        pairs += times.sum() * (times.sum() - 1)
-        total += times
-    n = total.sum()
-    expected = (total * (total - 1)).sum() / (n * (n - 1)) if n > 1 else 0.0
-    return same / pairs / expected if pairs and expected else float("nan")
-
-
-def shuffle_hint(manifest: Manifest, labels: list[NDArray[np.int64]]) -> str:
-    """What the shards are like inside, and the order settings that suit them."""
-    found = class_concentration(labels)
+def shuffle_hint(manifest: Manifest, found: float) -> str:
+    """What the shards are like inside, `found` being their class concentration, and the order that suits them."""
     far = any(remote.is_remote(shard.name) for shard in manifest.shards)
     settings = "--data.lanes 256 --data.window 4096" if far else "the defaults, a full shuffle"
     if np.isnan(found):
