@@ -46,7 +46,8 @@ def shard(arguments: Sequence[str]) -> int:
         "--labels", metavar="FILE", help="labels of a flat directory or tar: LABEL or NAME LABEL a line"
     )
     number("--shard-size", default=1000, help="images a shard (%(default)s)")
-    number("--workers", default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # SLURM's share
+    number("--workers", default=cpus, help="processes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (%(default)s)")
     number("--max-bad", default=0, help="unreadable images to leave out (%(default)s)")
     parser.add_argument("--resize", default="none", help="none, shortest:N or only-if-bigger:N pixels (%(default)s)")

@@ -31,11 +31,12 @@ class Estimate:
     """Unreadable images among the sample, and tars that are cut short."""
 
     def text(self, workers: int) -> str:
-        gigabytes, minutes = self.num_bytes / 1e9, self.seconds / 60
+        gigabytes = self.num_bytes / 1e9
+        long = f"{self.seconds / 60:.0f} minutes" if self.seconds > 120 else f"{self.seconds:.0f} seconds"
         return (
             f"{self.kind}: {self.images} images, {self.classes} classes\n"
             f"{self.shards} shards, about {gigabytes:.3f} GB, {gigabytes * 1000 / self.shards:.1f} MB each\n"
-            f"about {minutes:.1f} minutes with {workers} processes on this machine"
+            f"about {long} with {workers} processes on this machine"
         )
 
     def warning(self, ranks: int, workers: int, shard_size: int) -> str:

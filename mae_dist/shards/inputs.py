@@ -74,10 +74,11 @@ def _directory(path: Path) -> Input:
     parquet = [path / name for name in sorted(files) if name.endswith(".parquet")]
     if not flat and not tars and not parquet and "data" in folders:
         parquet = sorted((path / "data").glob("*.parquet"))  # how Hugging Face lays out a repository
+        folders = [] if parquet else folders
     if parquet or tars:
-        if flat or (parquet and tars):
+        if flat or folders or (parquet and tars):
             raise UserError(
-                f"{path}: images, tars and parquet files side by side; write a pattern such as '{path}/*.tar'"
+                f"{path}: images, folders, tars or parquet files side by side; write a pattern such as '{path}/*.tar'"
             )
         one_split(path, parquet or tars)
         return _parquet(parquet) if parquet else _tars(tars)

@@ -164,7 +164,7 @@ def carry_out(place: Place, plan: Plan, workers: int, max_bad: int, part: tuple[
     missing = [i for i in mine if i not in done]
     bad = [*plan.bad, *(line for record in done.values() for line in record.bad)]
     total = sum(min(plan.recipe.shard_size, plan.count - i * plan.recipe.shard_size) for i in mine)
-    progress = Progress(f"shard {place.out}", total, sum(done[i].images for i in mine if i in done))
+    progress = Progress(f"shard {place.aside.stem}", total, sum(done[i].images for i in mine if i in done))
     work = partial(write_shard, place.aside, place.out if place.remote else "")
     results = on_ray(work, missing, ray) if ray else in_processes(work, missing, workers)
     try:

@@ -195,6 +195,7 @@ def test_parquet_without_labels_and_a_row_without_bytes(folders, tmp_path):
         (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"cat"}), "b'cat' is no class number"),
         (lambda d: (d / "a.tar").write_bytes(b"no tar" * 200), "a.tar"),
         (lambda d: (tar_of(d / "a.tar", {}), (d / "b.jpg").touch()), "side by side"),
+        (lambda d: (tar_of(d / "a.tar", {}), (d / "class").mkdir()), "side by side"),
     ],
 )
 def test_what_is_no_input_is_named_and_leaves_nothing(tmp_path, make, says):

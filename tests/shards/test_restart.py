@@ -1,12 +1,17 @@
 """Killed, split over machines, started twice: the same bytes in the end, and OUT is whole or not there."""
 
+import fcntl
 import json
+import os
+import pty
 import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -126,8 +131,6 @@ def test_a_killed_worker_is_an_error_and_no_hang(images, tmp_path, monkeypatch):
 
 
 def kill_yourself(job: int) -> None:
-    import os
-
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -178,3 +181,37 @@ def test_a_wrong_option_is_one_line_and_leaves_nothing(images, tmp_path, options
     assert done.returncode == 2
     assert says in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_terminal_progress_is_a_bar_with_speed_and_time_left(images, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    command = [sys.executable, "-m", "mae_dist", "shard", str(images), str(tmp_path / "o"), "--shard-size", "10"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    try:
+        while block := os.read(ours, 4096):
+            said += block
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    last = [line for line in said.decode().replace("\r", "\n").splitlines() if "46/46" in line][-1]
+    assert re.search(r"100%.*46/46 \[\d\d:\d\d<\d\d:\d\d, .*img/s, [\d.]+ MB/s\]", last)
+
+
+def test_ctrl_c_says_nothing_and_keeps_what_is_done(tmp_path):
+    images = write_images(tmp_path / "in", classes=2, each=100, size=64)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mae_dist", "shard", str(images), str(out), "--shard-size", "2"]
+    command += ["--resize", "shortest:400", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while records(out) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert records(out) >= 2 and not out.exists()
