@@ -34,7 +34,7 @@ class DataConfig:
     """fast: libjpeg-turbo, then torch's bicubic. region: the same pixels, decoding no more than each crop (needs
     TurboJPEG 3 on every node). pil: crops equal to the official loader's to the bit, at half the speed."""
     max_pixels: int = MAX_PIXELS
-    """An image whose header says more is a bad sample: it is refused before it is decoded (of what PIL reads, 179 million anyway)."""
+    """An image whose header says more is a bad sample, refused before it is decoded. PIL itself refuses 179 million."""
     max_bad_fraction: float = 1e-4
     """Share of the samples read that may be bad (unreadable) before the run stops; 10 always may, unless this is 0."""
     lanes: int = 1
