@@ -3,9 +3,9 @@
 - (a) imagefolder: torchvision's ImageFolder and the official transform (float32), a DataLoader.
 - (b) webdataset: plain webdataset, decode("pil") and the same transform, from our shards.
 - (c) ours, from the same shards.
-- (c0) the same views through torch's DataLoader instead of the shared ring.
-- (c2) ours with data.decoder region, where TurboJPEG >= 3 is installed.
 - (d) ours, from shards whose images were resized to shortest side 256 beforehand.
+- (c0) the same views through torch's DataLoader instead of the shared ring.
+- (c2), (d2) ours with data.decoder region, where TurboJPEG >= 3 is installed.
 
 Each reads one epoch a round and they take turns within a round, so a busy machine slows all of them alike; workers
 start before the clock does. Then, in one process: where the time goes, and PSNR of our crops against PIL's.
@@ -225,6 +225,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "c ours": ours(full, workers),
         **({"c2 ours, region": ours(full, workers, "region")} if has_region_decoding() else {}),
         "d ours, shortest 256": ours(small, workers),
+        **({"d2 ours, 256, region": ours(small, workers, "region")} if has_region_decoding() else {}),
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     cpu: dict[str, list[float]] = {name: [] for name in loaders}
