@@ -3,8 +3,9 @@
 - (a) imagefolder: torchvision's ImageFolder and the official transform (float32), a DataLoader.
 - (b) webdataset: plain webdataset, decode("pil") and the same transform, from our shards.
 - (c) ours, from the same shards.
-- (c2) ours with data.decoder region, where TurboJPEG >= 3 is installed.
 - (d) ours, from shards whose images were resized to shortest side 256 beforehand.
+- (c0) the same views through torch's DataLoader instead of the shared ring.
+- (c2), (d2) ours with data.decoder region, where TurboJPEG >= 3 is installed.
 
 Each reads one epoch a round and they take turns within a round, so a busy machine slows all of them alike; workers
 start before the clock does. Then, in one process: where the time goes, and PSNR of our crops against PIL's.
@@ -13,9 +14,12 @@ start before the clock does. Then, in one process: where the time goes, and PSNR
 """
 
 import argparse
+import gc
 import io
 import json
+import os
 import platform
+import resource
 import shutil
 import statistics
 import tempfile
@@ -29,6 +33,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -87,7 +92,7 @@ def shortest_256(data: bytes) -> bytes:
 def imagefolder(folder: Path, workers: int) -> Loader:
     data = ImageFolder(str(folder), official_transform())
     return lambda: iter(
-        torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=workers, drop_last=True)
+        DataLoader(data, BATCH, shuffle=True, num_workers=workers, drop_last=True)
     )  # fmt: skip
 
 
@@ -111,6 +116,45 @@ def ours(shards: Path, workers: int, decoder: Any = "fast") -> Loader:
     return lambda: iter(ImageStream(source, SIZE, config, seed=0, global_batch_size=BATCH))
 
 
+class WholeBatches(Dataset):
+    """Our views for torch's DataLoader: a worker makes a whole batch and sends it."""
+
+    def __init__(self, stream: ImageStream):
+        self.views = stream.views
+
+    def __getitems__(self, positions: np.ndarray) -> list[torch.Tensor]:
+        table = self.views.table(positions)
+        images = torch.empty((len(table), 3, *SIZE), dtype=torch.uint8)
+        self.views.fill(table, images)
+        return [images, torch.from_numpy(table)]
+
+
+def through_dataloader(shards: Path, workers: int) -> Loader:
+    config = DataConfig(shards=str(shards), workers=workers)
+    stream = ImageStream(open_sources(config, SIZE, 3)[0], SIZE, config, seed=0, global_batch_size=BATCH)
+
+    def start() -> Iterator[Any]:
+        positions: Any = stream.positions()
+        data = WholeBatches(stream)
+        return iter(DataLoader(data, batch_sampler=positions, collate_fn=lambda batch: batch, num_workers=workers))
+
+    return start
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def measure_one(start: Loader, samples: int) -> tuple[float, float]:
+    """Images a second, and milliseconds of CPU an image over all processes (steadier on a busy machine)."""
+    before = cpu_seconds()
+    rate = images_per_s(start, samples)
+    gc.collect()  # a DataLoader's workers end with its iterator
+    return rate, 1000 * (cpu_seconds() - before) / samples
+
+
 def images_per_s(start: Loader, samples: int) -> float:
     """From the first batch, so that starting processes does not count, to one epoch later."""
     batches = start()
@@ -130,15 +174,15 @@ def milliseconds(data: list[bytes]) -> dict[str, float]:
     """Of one image in one process: our steps, and the official transform in whole."""
     config, spent = DataConfig(), dict.fromkeys(("decode", "box", "resize_flip"), 0.0)
     out = torch.empty((3, *SIZE), dtype=torch.uint8)
+    views = random_views(np.zeros(len(data)), np.arange(len(data)), config, 0)  # workers draw 8 at once: 3 us an image
     with torch.inference_mode():
         for i, encoded in enumerate(data):
             times = [time.perf_counter()]
             pixels = simplejpeg.decode_jpeg(encoded)
             times.append(time.perf_counter())
-            (view,) = random_views(0, i, config, 0)
-            crop = cut(pixels, view.choose)
+            crop = cut(pixels, views[i].choose)
             times.append(time.perf_counter())
-            out.copy_(finish(crop, view, SIZE, config))
+            out.copy_(finish(crop, views[i], SIZE, config))
             times.append(time.perf_counter())
             for name, seconds in zip(spent, np.diff(times), strict=True):
                 spent[name] += seconds
@@ -177,14 +221,19 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     loaders = {
         "a imagefolder": imagefolder(folder, workers),
         "b webdataset": plain_webdataset(full, workers),
+        "c0 ours, DataLoader": through_dataloader(full, workers),
         "c ours": ours(full, workers),
         **({"c2 ours, region": ours(full, workers, "region")} if has_region_decoding() else {}),
         "d ours, shortest 256": ours(small, workers),
+        **({"d2 ours, 256, region": ours(small, workers, "region")} if has_region_decoding() else {}),
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
+    cpu: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(arguments.rounds):
         for name, start in loaders.items():
-            rates[name].append(images_per_s(start, arguments.samples))
+            rate, milliseconds_used = measure_one(start, arguments.samples)
+            rates[name].append(rate)
+            cpu[name].append(milliseconds_used)
     median = {name: statistics.median(values) for name, values in rates.items()}
     paired = {
         name: statistics.median(x / y for x, y in zip(values, rates["a imagefolder"], strict=True))
@@ -199,6 +248,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "median": {name: round(v) for name, v in median.items()},
         "per_worker": {name: round(v / workers) for name, v in median.items()},
         "ratio_to_a": {name: round(v, 2) for name, v in paired.items()},
+        "cpu_ms_an_image": {name: round(statistics.median(values), 2) for name, values in cpu.items()},
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "milliseconds_an_image": milliseconds(data),
         "psnr_against_pil_db": psnr(data),
     }
@@ -216,10 +267,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as work:
         result = measure(arguments, Path(work))
-    print(f"{'loader':24}{'images/s':>10}{'a worker':>10}{'vs (a)':>8}   rounds")
+    print(f"{'loader':24}{'images/s':>10}{'a worker':>10}{'vs (a)':>8}{'CPU ms':>8}{'vs (a)':>8}   rounds")
+    cpu = result["cpu_ms_an_image"]
     for name, rate in result["median"].items():
         rounds = " ".join(map(str, result["images_per_s"][name]))
-        print(f"{name:24}{rate:10}{result['per_worker'][name]:10}{result['ratio_to_a'][name]:8.2f}   {rounds}")
+        print(
+            f"{name:24}{rate:10}{result['per_worker'][name]:10}{result['ratio_to_a'][name]:8.2f}"
+            f"{cpu[name]:8.2f}{cpu['a imagefolder'] / cpu[name]:8.2f}   {rounds}"
+        )
     for name in ("milliseconds_an_image", "psnr_against_pil_db"):
         print(f"{name}: {result[name]}")
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """Batches of uint8 pixels from worker processes, in the order of `SampleOrder`."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from mae_dist.shards.order import FileOrder, SampleOrder, Samples
 from mae_dist.shards.prefetch import Course
 
 Ints = NDArray[np.int64]
-POSITION, EPOCH, SHARD, ROW, ID, LABEL = range(6)  # columns of a table, one row a sample
+POSITION, EPOCH, SHARD, ROW, ID, LABEL, NANOSECONDS = range(7)  # columns of a table, one row a sample
 
 
 class Batch(NamedTuple):
@@ -51,18 +52,20 @@ class Views:
     ):
         self.source, self.lookup, self.views, self.replace = source, lookup, views, replace
         self.size, self.config, self.bad = size, config, bad
+        self.made, self.seconds = 0, 0.0  # images handed out, and the time that making them took
 
     def table(self, positions: Ints) -> Table:
-        """What is to be made at these positions: (B, 6)."""
+        """What is to be made at these positions: (B, 7); label and time are to be found."""
         samples = self.lookup(positions)
-        columns = positions, samples.epoch, samples.shard, samples.row, samples.id, np.full(len(positions), -1)
-        return np.stack(columns, axis=1)
+        unknown = np.full(len(positions), -1)
+        return np.stack([positions, samples.epoch, samples.shard, samples.row, samples.id, unknown, unknown], axis=1)
 
     @torch.inference_mode()
     def fill(self, table: Table, images: Tensor) -> None:
-        """Make (B, C, H, W) uint8 of the rows of a table, and fill in their labels."""
+        """Make (B, C, H, W) uint8 of the rows of a table, and fill in labels and times."""
         views = self.views(table[:, EPOCH], table[:, ID])
-        for n, (position, epoch, shard, row, sample, _) in enumerate(table.tolist()):
+        for n, (position, epoch, shard, row, sample, _, _) in enumerate(table.tolist()):
+            began = time.perf_counter_ns()
             view = views[n]
             try:
                 crop, label = self.source.pixels(shard, row, view.choose)
@@ -70,6 +73,7 @@ class Views:
                 crop, label = self._stand_in(error, epoch, position, sample, view)
             images[n] = finish(crop, view, self.size, self.config)
             table[n, LABEL] = label
+            table[n, NANOSECONDS] = time.perf_counter_ns() - began
 
     def _stand_in(
         self, error: BadSample, epoch: int, position: int, sample: int, view: View
@@ -121,18 +125,20 @@ def _batches(
         for table in tables:
             images = torch.empty((len(table), *shape), dtype=torch.uint8)
             views.fill(table, images)
-            yield _batch(table, images)
+            yield _batch(views, table, images)
         return
-    ring = Ring(views.fill, workers, batch_size, LABEL + 1, shape, pin_memory)
+    ring = Ring(views.fill, workers, batch_size, NANOSECONDS + 1, shape, pin_memory)
     try:
         for table, images in ring.run(tables):
-            yield _batch(table, images)
-            del images  # while the reader computes, only the reader holds them
+            yield _batch(views, table, images)
+            del images  # how long it stays is for the reader alone to say
     finally:
         ring.close()
 
 
-def _batch(table: Table, images: Tensor) -> Batch:
+def _batch(views: Views, table: Table, images: Tensor) -> Batch:
+    views.made += len(table)
+    views.seconds += float(table[:, NANOSECONDS].sum()) / 1e9
     ids, epochs, labels = (torch.from_numpy(table[:, column].copy()) for column in (ID, EPOCH, LABEL))
     return Batch(images, ids, epochs, labels)
 
@@ -179,6 +185,12 @@ class ImageStream:
         behind = 1 + HELD + batches_ahead(self.workers, self.batch_size)
         positions = fetched_ahead(self.positions(), self.views.source, self.course, behind)
         return _batches(self.views, positions, self.workers, self.batch_size, self.pin_memory)
+
+    def worker_rate(self) -> float:
+        """Images a second that one worker makes while it works, of those handed out since the last call."""
+        made, seconds = self.views.made, self.views.seconds
+        self.views.made, self.views.seconds = 0, 0.0
+        return made / seconds if seconds else 0.0
 
 
 def evaluation_batches(

@@ -215,3 +215,7 @@ class ResampledStream:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def worker_rate(self) -> float:
+        """Not measured here."""
+        return 0.0

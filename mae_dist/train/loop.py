@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch import Tensor
 from mae_dist.config import Config
 from mae_dist.data.bad import BadSamples
 from mae_dist.data.feed import DeviceFeed, Normalise
-from mae_dist.data.loader import Batch
+from mae_dist.data.loader import Batch, ImageStream
+from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World
 from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
@@ -37,7 +38,7 @@ class Run:
     config: Config
     world: World
     engine: Engine
-    batches: Iterator[Batch]
+    stream: ImageStream | ResampledStream
     bad: BadSamples
     num_samples: int
     """In an epoch."""
@@ -62,7 +63,7 @@ class Run:
 def train(run: Run) -> None:
     """Make every update from `run.start` to `run.total_steps`. Raises Stopped on an agreed signal."""
     config = run.config.train
-    feed = DeviceFeed(run.batches, run.world.device)
+    feed = DeviceFeed(iter(run.stream), run.world.device)
     normalise = Normalise(run.config.data, run.world.device)
     meters = Meters(run.world, config.global_batch_size)
     progress = Progress(run.start, run.total_steps)
@@ -76,7 +77,8 @@ def train(run: Run) -> None:
         feed.waited = 0.0
         done, last, stop = k + 1, k + 1 == run.total_steps, 0
         if last or done % config.log_every == 0:
-            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, run.bad.count())
+            found, rate = run.bad.count(), run.stream.worker_rate()
+            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, found, rate)
             if run.journal:
                 counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})

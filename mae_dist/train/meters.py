@@ -50,14 +50,14 @@ class Meters:
         self.steps += 1
         self.waited += waited
 
-    def sync(self, lr: float, epoch: float, stop_signal: int, bad_samples: int = 0) -> Reading:
+    def sync(self, lr: float, epoch: float, stop_signal: int, bad_samples: int, worker_rate: float) -> Reading:
         """Agree over all ranks and start again. Losses are means (and the largest) over ranks and steps."""
         elapsed = time.perf_counter() - self.since
-        wait = torch.tensor(self.waited / elapsed, device=self.world.device)
-        means = self.world.sum(torch.stack([self.loss / self.steps, wait])) / self.world.size
+        data = torch.tensor([self.waited / elapsed, worker_rate], device=self.world.device)
+        means = self.world.sum(torch.cat([(self.loss / self.steps)[None], data])) / self.world.size
         counts = torch.tensor([float(stop_signal), float(bad_samples)], device=self.world.device)
         worst = self.world.max(torch.cat([torch.stack([self.loss_max, self.worst_row]), counts]))
-        loss, wait, loss_max, row, stop, bad, norm, skipped = torch.cat(
+        loss, wait, worker_rate, loss_max, row, stop, bad, norm, skipped = torch.cat(
             [means, worst, torch.stack([self.grad_norm, self.skipped_total])]
         ).tolist()
         metrics = {
@@ -68,6 +68,7 @@ class Meters:
             "optim/skipped": skipped,
             "perf/images_per_s": self.steps * self.global_batch_size / elapsed,
             "perf/data_wait": wait,
+            "perf/images_per_s_per_worker": worker_rate,
             "data/bad_samples": bad,
             "progress/epoch": epoch,
         }

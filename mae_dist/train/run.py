@@ -84,7 +84,7 @@ def _train(
         config=config,
         world=world,
         engine=engine,
-        batches=iter(stream),
+        stream=stream,
         bad=bad,
         num_samples=num_samples,
         accumulate=accumulate,

@@ -155,6 +155,18 @@ def test_the_feed_counts_waiting(shards):
     assert feed.waited > 0
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_rate_of_a_worker_is_measured_afresh_each_time(shards, workers):
+    config = DataConfig(shards=str(shards), workers=workers)
+    images = ImageStream(open_sources(config, SIZE, 3)[0], SIZE, config, 0, 10)
+    assert images.worker_rate() == 0
+    batches = iter(images)
+    next(batches)
+    assert images.worker_rate() > 0
+    assert images.worker_rate() == 0
+    batches.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_feed_copies_the_same_batches_to_the_gpu(shards):
