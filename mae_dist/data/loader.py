@@ -136,8 +136,9 @@ class ImageStream:
     """The training batches of one rank, for ever, beginning with global batch `start`.
 
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
-    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. `node`: the
-    ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image raises UserError, naming it.
+    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch.
+    `node`: the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image raises
+    UserError, naming it.
     """
 
     def __init__(
