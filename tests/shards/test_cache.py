@@ -141,6 +141,13 @@ def test_a_server_that_is_gone_is_an_error_with_the_place(server, cache):
             fetch()
 
 
+def test_no_further_try_begins_after_so_long(server, cache, monkeypatch):
+    monkeypatch.setattr(download, "GIVE_UP", 0.0)
+    server.faults["a.tar"] = ["error"] * 8
+    with pytest.raises(UserError, match=r"a.tar: cannot be fetched, tried 1 times, .*Error: 500"):
+        cache.ensure(wanted(server, "a.tar"))
+
+
 def test_a_size_is_checked_without_a_checksum_too(server, cache):
     shard = wanted(server, "a.tar")._replace(sha256="")
     cache.ensure(shard)
