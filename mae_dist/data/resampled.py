@@ -188,7 +188,7 @@ class ResampledStream:
         bad: BadSamples | None = None,
         node: range | None = None,
     ):
-        """As `ImageStream`. What cannot be read is said and left out, so `bad` stays empty; nothing is fetched ahead."""
+        """As `ImageStream`. What cannot be read is said and left out: `bad` stays empty. Nothing is fetched ahead."""
         assert isinstance(source, ResampledSource)
         self.source, self.size, self.config, self.seed = source, size, config, seed
         self.global_batch_size, self.accumulate, self.start = global_batch_size, accumulate, start

@@ -16,6 +16,7 @@ CHUNK = 16 << 20  # bytes a request: what a dropped connection loses at most
 TRIES = 8  # with these waits: a server may be away for about a minute
 ANSWERED_TRIES = 3  # when the server did answer, and the answer was no
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
+GIVE_UP = 180.0  # seconds after which no further try begins: a silent server takes a client's whole time limit each try
 
 T = TypeVar("T")
 _jitter = random.Random()  # its own: nobody else's random numbers move
@@ -41,7 +42,7 @@ class WrongContent(OSError):
 
 def persist(action: Callable[[], T], place: str, counters: Counters) -> T:
     """Do it again until it works, waiting twice as long each time, with jitter. Raises UserError after the last try."""
-    answers = 0
+    answers, began = 0, time.monotonic()
     for attempt in itertools.count(1):
         try:
             return action()
@@ -49,7 +50,7 @@ def persist(action: Callable[[], T], place: str, counters: Counters) -> T:
             raise
         except Exception as error:  # client libraries raise what they like
             answers += isinstance(error, FileNotFoundError | PermissionError | WrongContent)
-            if attempt >= TRIES or answers >= ANSWERED_TRIES:
+            if attempt >= TRIES or answers >= ANSWERED_TRIES or time.monotonic() - began > GIVE_UP:
                 what = "not there" if isinstance(error, FileNotFoundError) else "cannot be fetched"
                 last = f"{type(error).__name__}: {error}"
                 raise UserError(

@@ -82,7 +82,7 @@ class HTTPServer:
 
 
 class S3Server:
-    """moto behind a real socket, the files of a directory in `s3://shards/train`; `requests` counts GETs by key."""
+    """moto behind a real socket, with a directory's files in `s3://shards/train`; `requests`: GETs by (name, range)."""
 
     def __init__(self, directory: Path):
         from moto.server import ThreadedMotoServer

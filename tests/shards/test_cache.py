@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -137,6 +139,13 @@ def test_a_server_that_is_gone_is_an_error_with_the_place(server, cache):
     for fetch in (lambda: cache.ensure(shard), lambda: read_range(shard, 0, 10, cache.counters)):
         with pytest.raises(UserError, match=r"a.tar: cannot be fetched, tried 8 times, last error: \w*Connect"):
             fetch()
+
+
+def test_no_further_try_begins_after_so_long(server, cache, monkeypatch):
+    monkeypatch.setattr(download, "GIVE_UP", 0.0)
+    server.faults["a.tar"] = ["error"] * 8
+    with pytest.raises(UserError, match=r"a.tar: cannot be fetched, tried 1 times, .*Error: 500"):
+        cache.ensure(wanted(server, "a.tar"))
 
 
 def test_a_size_is_checked_without_a_checksum_too(server, cache):
@@ -272,3 +281,16 @@ def test_no_count_is_lost_between_processes_and_threads(cache):
     for worker in workers:
         worker.join()
     assert cache.counters.totals()["hits"] == 1500 and cache.counters.totals()["bytes"] == 4500
+
+
+def test_more_shards_than_the_soft_limit_of_open_files_can_be_mapped():
+    code = """
+import resource
+from mae_dist.shards.store import allow_open_files
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+allow_open_files(500)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(500, hard))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "True", done.stderr
