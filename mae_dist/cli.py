@@ -243,7 +243,7 @@ def main() -> None:
         rank = int(os.environ.get("RANK", 0))
         if rank:  # all ranks find the same mistake: let rank 0 say it (torchrun then ends us), or say it if alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(10)
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
