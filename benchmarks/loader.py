@@ -277,7 +277,11 @@ def main() -> None:
         )
     for name in ("milliseconds_an_image", "psnr_against_pil_db"):
         print(f"{name}: {result[name]}")
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    command = (
+        f"python benchmarks/loader.py --images DIR --workers {arguments.workers} --rounds {arguments.rounds} "
+        f"--samples {arguments.samples}"
+    )
+    arguments.out.write_text(json.dumps({"command": command} | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
