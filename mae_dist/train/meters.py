@@ -69,7 +69,7 @@ class Meters:
             "perf/images_per_s": self.steps * self.global_batch_size / elapsed,
             "perf/data_wait": wait,
             "perf/images_per_s_per_worker": worker_rate,
-            "data/bad_samples": bad,
+            "progress/bad_samples": bad,
             "progress/epoch": epoch,
         }
         self._restart()

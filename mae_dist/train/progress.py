@@ -26,7 +26,7 @@ class Progress:
             f"lr {metrics['optim/lr']:.2e} | grad {metrics['optim/grad_norm']:.3f} | "
             f"{metrics['perf/images_per_s']:.0f} images/s | data wait {metrics['perf/data_wait']:.1%} | "
             + (f"skipped {metrics['optim/skipped']:.0f} | " if metrics["optim/skipped"] else "")
-            + (f"bad samples {metrics['data/bad_samples']:.0f} | " if metrics["data/bad_samples"] else "")
+            + (f"bad samples {metrics['progress/bad_samples']:.0f} | " if metrics["progress/bad_samples"] else "")
             + f"ETA {duration(per_step * (self.total - done))}"
         )
         try:

@@ -172,9 +172,9 @@ def test_a_run_survives_a_few_bad_samples_and_counts_them(shards, tmp_path):
     done = mae_dist(*arguments(broken, tmp_path / "runs"), processes=2)
     assert len(losses(tmp_path / "runs" / "t")) == 14
     last = [
-        r["metrics"]["data/bad_samples"]
+        r["metrics"]["progress/bad_samples"]
         for r in records(tmp_path / "runs")
-        if "data/bad_samples" in r.get("metrics", {})
+        if "progress/bad_samples" in r.get("metrics", {})
     ]
     assert last[-1] == 3 and last == sorted(last)
     assert "bad samples 3" in done.stdout
