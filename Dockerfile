@@ -6,13 +6,13 @@
 # Training, on a host with the NVIDIA driver and the NVIDIA container toolkit (torch's wheel brings CUDA itself):
 #
 #   docker run --rm --init --gpus all --ipc=host --ulimit memlock=-1 \
-#     -v /data/shards:/data:ro -v "$PWD/runs:/work/runs" \
+#     -v /data/shards:/data:ro -v "$PWD/runs:/home/mae/runs" \
 #     --entrypoint launch/torchrun.sh mae-dist --config configs/vit_b16.yaml
 #
 #   --ipc=host        the loader's processes hand over batches in shared memory; Docker's 64 MB end in a bus error
 #   --ulimit memlock  what InfiniBand and NCCL need; InfiniBand also needs --device=/dev/infiniband, and several nodes
 #                     --network=host and the variables in launch/torchrun.sh, each with -e
-#   /work/runs        must be writable by user 10001, or add: --user "$(id -u):$(id -g)" -e HOME=/tmp
+#   /home/mae/runs     must be writable by user 10001, or add: --user "$(id -u):$(id -g)" -e HOME=/tmp
 #
 # On a cluster without Docker: apptainer build mae-dist.sif docker-daemon://mae-dist:latest
 # The base may be any Debian or Ubuntu whose python3 is 3.11 or newer.
@@ -35,9 +35,9 @@ RUN pip install --no-deps . && pip check
 FROM ${BASE_IMAGE}
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --home-dir /work --create-home mae
+    && useradd --uid 10001 --home-dir /home/mae --create-home mae
 COPY --from=build /opt/mae_dist /opt/mae_dist
-WORKDIR /work
+WORKDIR /home/mae
 COPY launch launch
 COPY configs configs
 ARG GIT_COMMIT=unknown
