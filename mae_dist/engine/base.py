@@ -1,13 +1,15 @@
 """What the training loop may ask of an engine, whichever it is."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from mae_dist.engine.world import World
 from mae_dist.errors import UserError
-from mae_dist.model import MAE, MAEOutput
+from mae_dist.model import MAE
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -63,11 +65,25 @@ class StepResult(NamedTuple):
     """() float32: 1 when the update was left out because a loss or gradient on some rank was not finite, else 0."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Part(NamedTuple):
+    """One parameter and what AdamW knows of it, whole."""
+
+    weight: Tensor
+    moments: tuple[Tensor, Tensor] | None
+    """exp_avg and exp_avg_sq; None for what is not trained, and before the first update."""
+
+
 class Engine(Protocol):
     """The verbs of a training step. Clipping, finiteness and accumulation are inside; everything else is outside."""
 
-    model: MAE
-    """The bare model, for evaluation on one rank."""
+    world: World
+    shapes: Shapes
+    """Of every entry of `MAE.state_dict()`, in its order, whole."""
+    autocast: AbstractContextManager[Any]
+    """The training precision, for evaluation."""
 
     def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
         """One micro-batch: images (B, C, H, W) float32, noise (B, N) float32. Gradients are reduced on the `last`."""
@@ -77,14 +93,22 @@ class Engine(Protocol):
         """Update with this learning rate, or skip on every rank when any rank's numbers are not finite."""
         ...
 
-    def evaluate(self, images: Tensor, noise: Tensor) -> MAEOutput:
-        """A forward pass without gradients, in training precision."""
+    def replica(self) -> MAE:
+        """The whole model on this rank, for evaluation without lockstep. Collective; good until the next step."""
         ...
 
-    def save(self, directory: Path) -> list[Path]:
-        """Write this rank's part of {weights, optimizer}; returns the files written. Called on every rank."""
+    def gather(self, name: str) -> Part:
+        """One entry of `shapes`, whole. Collective: every rank asks for the same names in the same order."""
         ...
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, at any world size."""
+    def put(self, name: str, part: Part) -> None:
+        """The opposite of `gather`; `part` lies in host memory. Called after `set_counters`. Collective."""
+        ...
+
+    def counters(self) -> dict[str, Tensor]:
+        """What else an update depends on, () float32 each: "updates" (not skipped) and, in fp16, the loss scale's."""
+        ...
+
+    def set_counters(self, counters: dict[str, Tensor]) -> None:
+        """The opposite of `counters`; what another engine or precision has and this one has not is left out."""
         ...

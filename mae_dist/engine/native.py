@@ -1,19 +1,16 @@
 """Plain torch.distributed: one replica a rank, gradients averaged by DDP while the backward pass goes on."""
 
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_dist.engine.base import OptimConfig, Precision, StepResult, param_groups
+from mae_dist.engine.base import OptimConfig, Part, Precision, StepResult, param_groups
 from mae_dist.engine.world import World
-from mae_dist.errors import UserError
-from mae_dist.model import MAE, MAEOutput
+from mae_dist.model import MAE
 
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
 FIRST_SCALE, GROW_AFTER = 2.0**16, 2000  # of the fp16 loss: doubled after so many good steps, halved on overflow
 
 
@@ -30,11 +27,16 @@ class NativeEngine:
         groups = param_groups(model, optim.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.tensors = self.model.state_dict(keep_vars=True)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.updates = torch.zeros((), device=world.device)  # done when the optimizer was filled
         self.ddp: nn.Module = self.model
         if world.size > 1:
             self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, static_graph=accumulate == 1)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-        self.autocast = torch.autocast(world.device.type, dtype) if dtype else nullcontext()
+        self.autocast: AbstractContextManager[Any] = (
+            torch.autocast(world.device.type, dtype) if dtype else nullcontext()
+        )
         scaled = precision == "fp16"
         self.loss_scale = torch.full((), FIRST_SCALE, device=world.device) if scaled else None
         self.good_steps = torch.zeros((), device=world.device)
@@ -78,44 +80,33 @@ class NativeEngine:
         self.loss_scale = self.loss_scale * factor
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
+    def replica(self) -> MAE:
+        return self.model
+
+    def gather(self, name: str) -> Part:
+        tensor = self.tensors[name]
+        state = self.optimizer.state.get(tensor)
+        return Part(tensor, (state["exp_avg"], state["exp_avg_sq"]) if state else None)
+
     @torch.no_grad()
-    def evaluate(self, images: Tensor, noise: Tensor) -> MAEOutput:
-        with self.autocast:
-            return self.model(images, noise)
+    def put(self, name: str, part: Part) -> None:
+        tensor = self.tensors[name]
+        tensor.copy_(part.weight)
+        if part.moments:
+            exp_avg, exp_avg_sq = (moment.to(tensor.device) for moment in part.moments)
+            state = {"step": self.updates.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            self.optimizer.state[tensor] = state
 
-    def save(self, directory: Path) -> list[Path]:
-        """Replicas are equal: rank 0 writes for all."""
-        if not self.world.is_main:
-            return []
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
-        save_file(weights, directory / WEIGHTS)
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scale": self.loss_scale,
-            "good_steps": self.good_steps,
-        }
-        torch.save(state, directory / OPTIMIZER)
-        return [directory / WEIGHTS, directory / OPTIMIZER]
+    def counters(self) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(self.trained[0])
+        counters = {"updates": state["step"] if state else self.updates}
+        if self.loss_scale is not None:
+            counters |= {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        return counters
 
-    def load(self, directory: Path) -> None:
-        load_weights(self.model, directory)
-        state = torch.load(directory / OPTIMIZER, map_location=self.world.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.good_steps = state["good_steps"]
-        if self.loss_scale is not None and state["loss_scale"] is not None:
-            self.loss_scale = state["loss_scale"]
-
-
-def load_weights(model: MAE, directory: Path) -> None:
-    """Load a checkpoint's weights. Raises UserError, naming a key, when they are another model's."""
-    weights = load_file(directory / WEIGHTS)
-    own = model.state_dict()
-    for key in own.keys() | weights.keys():
-        ours, theirs = own.get(key), weights.get(key)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            say = ["nothing" if t is None else "x".join(map(str, t.shape)) for t in (theirs, ours)]
-            raise UserError(
-                f"{directory}: a checkpoint of another model: {key} is {say[0]} there and {say[1]} in this config; "
-                "use the config that the run was started with (config.yaml beside checkpoints/)"
-            )
-    model.load_state_dict(weights)
+    def set_counters(self, counters: dict[str, Tensor]) -> None:
+        counters = {name: value.to(self.world.device) for name, value in counters.items()}
+        self.updates = counters["updates"]
+        if self.loss_scale is not None:
+            self.loss_scale = counters.get("loss_scale", self.loss_scale)
+            self.good_steps = counters.get("good_steps", self.good_steps)

@@ -6,7 +6,7 @@ import torch
 
 from mae_dist import config as configs
 from mae_dist.config import Config
-from mae_dist.engine.native import load_weights
+from mae_dist.engine import load_weights
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.train.checkpoint import META, committed

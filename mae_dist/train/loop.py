@@ -11,7 +11,7 @@ from mae_dist.data.bad import BadSamples
 from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.data.loader import Batch, ImageStream
 from mae_dist.data.resampled import ResampledStream
-from mae_dist.engine import Engine, World
+from mae_dist.engine import Engine, World, capture
 from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
 from mae_dist.train.checkpoint import Checkpoints
@@ -67,7 +67,7 @@ def train(run: Run) -> None:
     normalise = Normalise(run.config.data, run.world.device)
     meters = Meters(run.world, config.global_batch_size)
     progress = Progress(run.start, run.total_steps)
-    if run.journal and run.start == 0:
+    if run.start == 0:
         run.validation.draw(0, run.engine, run.journal)  # the untrained model; and drawing fails now or never
     for k in range(run.start, run.total_steps):
         for micro in range(run.accumulate):
@@ -104,4 +104,4 @@ def save(run: Run, done: int) -> None:
     """Commit a checkpoint, after the journal that leads to it."""
     if run.journal:
         run.journal.sync()
-    run.checkpoints.save(done, run.engine.save, run.meta)
+    run.checkpoints.save(done, capture(run.engine).write, run.meta)

@@ -12,7 +12,7 @@ import mae_dist
 from mae_dist.config import Config, flat
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
-from mae_dist.engine import NativeEngine, World
+from mae_dist.engine import Engine, NativeEngine, World, restore
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import Journal
@@ -132,7 +132,7 @@ def _train_and_report(run: Run) -> int:
     return code
 
 
-def resume(config: Config, checkpoint: Path, engine: NativeEngine, meta: dict) -> int:
+def resume(config: Config, checkpoint: Path, engine: Engine, meta: dict) -> int:
     """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
     saved = read_meta(checkpoint)
     order = [(key, was, meta["order"].get(key)) for key, was in saved.get("order", {}).items()]
@@ -145,7 +145,7 @@ def resume(config: Config, checkpoint: Path, engine: NativeEngine, meta: dict) -
             f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
             "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
         )
-    engine.load(checkpoint)
+    restore(engine, checkpoint)
     return saved["step"]
 
 
@@ -203,7 +203,7 @@ def describe(run: Run) -> None:
     assert run.journal
     start = {"kind": "start", "step": run.start, "params": params, "tags": tags, "artifacts": [CONFIG_FILE]}
     run.journal.write(start)
-    count = sum(p.numel() for p in run.engine.model.parameters())
+    count = sum(map(math.prod, run.engine.shapes.values()))
     print(
         f"{config.train.run_dir}: {model.enc_name} ({count / 1e6:.1f} M parameters with decoder), "
         f"{run.meta['data']['num_samples']} images, {run.total_steps} steps of {batch} = {world.size} processes x "

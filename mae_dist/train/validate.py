@@ -38,18 +38,19 @@ class Validation:
     def run(self, step: int, engine: Engine, journal: Journal | None) -> None:
         """Measure on all ranks; rank 0 draws and writes the journal."""
         loss = self.loss(engine) if self.source else None
-        if journal is None:
-            return
-        if loss is not None:
+        if journal and loss is not None:
             journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
         self.draw(step, engine, journal)
 
     @torch.no_grad()
-    def draw(self, step: int, engine: Engine, journal: Journal) -> None:
-        """Write the picture of reconstructions, on rank 0."""
+    def draw(self, step: int, engine: Engine, journal: Journal | None) -> None:
+        """Write the picture of reconstructions, on rank 0. Collective."""
+        model = engine.replica()
+        if journal is None:
+            return
         pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
         images, noise = self.normalise(pixels), self.noise(ids)
-        rebuilt = self.normalise.undo(engine.model.reconstruct(images, noise))
+        rebuilt = self.normalise.undo(model.reconstruct(images, noise))
         grid = picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
         path = save_picture(grid, self.config.train.run_dir, step)
         journal.write({"kind": "image", "step": step, "key": "review/reconstruction", "path": path})
@@ -58,16 +59,19 @@ class Validation:
         """The fixed masks of evaluation: keyed by the sample alone."""
         return mask_noise(self.config.train.seed, torch.zeros_like(ids), ids, self.config.model.num_patches)
 
+    @torch.no_grad()
     def loss(self, engine: Engine) -> float:
         """Mean loss over the held-out images, each counted once whatever the number of ranks."""
         assert self.source is not None
+        model = engine.replica()
         size, world = self.config.model.height_width, self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
         for batch in evaluation_batches(
             self.source, size, self.config.data, self.batch_size, world.rank, world.size, self.bad
         ):
             images, ids = (tensor.to(world.device) for tensor in (batch.images, batch.ids))
-            loss = engine.evaluate(self.normalise(images), self.noise(ids)).loss
+            with engine.autocast:
+                loss = model(self.normalise(images), self.noise(ids)).loss
             total += torch.stack([loss.double() * len(ids), torch.tensor(len(ids), device=world.device)])
         summed, count = world.sum(total).tolist()
         return summed / count

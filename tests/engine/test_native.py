@@ -1,6 +1,7 @@
 """The native engine: accumulation is a larger batch, bad numbers move nothing, a checkpoint is the whole state."""
 
 import copy
+import math
 import os
 import socket
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from mae_dist.engine import NativeEngine, OptimConfig, World
+from mae_dist.engine import NativeEngine, OptimConfig, World, capture, load_weights, restore
 from mae_dist.engine.base import param_groups
-from mae_dist.engine.native import load_weights
+from mae_dist.engine.state import shares
 from mae_dist.errors import UserError
 from mae_dist.model import MAE, MAEConfig
 
@@ -151,10 +152,10 @@ def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
         for _ in range(3):
             e.forward_backward(images, noise, last=True)
             e.step(1e-3)
-    files = first.save(tmp_path)
+    files = capture(first).write(tmp_path)
     assert {path.name for path in files} == {path.name for path in tmp_path.iterdir()}
     second = engine(precision=precision, seed=99)
-    second.load(tmp_path)
+    restore(second, tmp_path)
     for e in (through, second):
         for _ in range(3):
             e.forward_backward(images, noise, last=True)
@@ -164,8 +165,32 @@ def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
         assert through.loss_scale == second.loss_scale and through.good_steps == second.good_steps
 
 
+def test_a_snapshot_is_left_alone_by_later_steps(tmp_path):
+    images, noise = batch()
+    e = engine()
+    e.forward_backward(images, noise, last=True)
+    e.step(1e-3)
+    kept, before = capture(e), weights(e)
+    e.forward_backward(images, noise, last=True)
+    e.step(1e-3)
+    kept.write(tmp_path)
+    second = engine(seed=99)
+    restore(second, tmp_path)
+    assert same(before, weights(second)) and not same(before, weights(e))
+    assert second.counters()["updates"] == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
+def test_every_parameter_has_one_writer_and_none_writes_much_more_than_its_share(world_size):
+    shapes = engine().shapes
+    owners = shares(shapes, world_size)
+    assert owners.keys() == shapes.keys() and set(owners.values()) <= set(range(world_size))
+    sizes = [sum(math.prod(shapes[n]) for n in shapes if owners[n] == r) for r in range(world_size)]
+    assert max(sizes) <= sum(sizes) / world_size + max(map(math.prod, shapes.values()))
+
+
 def test_another_models_checkpoint_is_refused(tmp_path):
-    engine().save(tmp_path)
+    capture(engine()).write(tmp_path)
     import dataclasses
 
     other = MAE(dataclasses.replace(CONFIG, dec_dim=64))

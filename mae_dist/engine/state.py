@@ -1,0 +1,112 @@
+"""What a checkpoint holds, the same for every engine and world size: weights, AdamW's two moments, a few counters.
+
+Tensors are whole and named by parameter, in safetensors files: `model.safetensors` has every weight (float32), and
+each rank writes the moments of its share of the parameters. So a run may go on with another engine, another ZeRO stage
+or another number of processes, and nothing read from a checkpoint is ever unpickled.
+"""
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mae_dist.engine.base import Engine, Part, Shapes
+from mae_dist.errors import UserError
+from mae_dist.model import MAE
+
+WEIGHTS = "model.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTER = "counter."
+
+
+class Snapshot(NamedTuple):
+    """One rank's share of a run's state in host memory, which later steps leave alone."""
+
+    weights: dict[str, Tensor]
+    """All of them on rank 0, none elsewhere."""
+    moments: dict[str, Tensor]
+    """`exp_avg.NAME`, `exp_avg_sq.NAME` of this rank's share; on rank 0 the counters too."""
+    rank: int
+    world_size: int
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write this rank's files into an existing directory; returns them. Talks to no other rank."""
+        share = directory / f"optimizer-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+        files = {share: self.moments} | ({directory / WEIGHTS: self.weights} if self.weights else {})
+        for path, tensors in files.items():
+            save_file(tensors, path)
+        return list(files)
+
+
+def capture(engine: Engine) -> Snapshot:
+    """Copy the state of a run between two steps. Collective: every rank calls it.
+
+    Returns when the copies are made; on CUDA that is what the training loop waits for.
+    """
+    world = engine.world
+    owners = shares(engine.shapes, world.size)
+    weights, moments = {}, {}
+    for name in engine.shapes:
+        part = engine.gather(name)
+        if world.is_main:
+            weights[name] = to_host(part.weight.float())
+        if part.moments and owners[name] == world.rank:
+            moments |= {f"{key}.{name}": to_host(m) for key, m in zip(MOMENTS, part.moments, strict=True)}
+    if world.is_main:
+        moments |= {COUNTER + name: to_host(value) for name, value in engine.counters().items()}
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return Snapshot(weights, moments, world.rank, world.size)
+
+
+def shares(shapes: Shapes, world_size: int) -> dict[str, int]:
+    """The rank that writes each parameter's moments: neighbours together, about as many numbers a rank."""
+    total, before, owners = sum(map(math.prod, shapes.values())), 0, {}
+    for name, shape in shapes.items():
+        owners[name] = before * world_size // total
+        before += math.prod(shape)
+    return owners
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, on its way when this returns (pinned, from CUDA)."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cuda":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def restore(engine: Engine, directory: Path) -> None:
+    """Put a checkpoint's state into an engine. Collective. Raises UserError when it is another model's."""
+    check_shapes(directory, engine.shapes)
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
+        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (a file handle, no dict)
+        engine.set_counters({key.removeprefix(COUNTER): place[key].get_tensor(key) for key in place if COUNTER in key})
+        for name in engine.shapes:
+            moments = [place[key].get_tensor(key) for key in (f"{m}.{name}" for m in MOMENTS) if key in place]
+            engine.put(name, Part(place[name].get_tensor(name), (moments[0], moments[1]) if moments else None))
+
+
+def load_weights(model: MAE, directory: Path) -> None:
+    """Load a checkpoint's weights alone. Raises UserError, naming a key, when they are another model's."""
+    check_shapes(directory, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+    model.load_state_dict(load_file(directory / WEIGHTS))
+
+
+def check_shapes(directory: Path, shapes: Shapes) -> None:
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    for key in shapes.keys() | saved.keys():
+        theirs, ours = saved.get(key), shapes.get(key)
+        if ours != theirs:
+            say = ["nothing" if shape is None else "x".join(map(str, shape)) for shape in (theirs, ours)]
+            raise UserError(
+                f"{directory}: a checkpoint of another model: {key} is {say[0]} there and {say[1]} in this config; "
+                "use the config that the run was started with (config.yaml beside checkpoints/)"
+            )
