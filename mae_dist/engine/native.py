@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_dist.engine.base import OptimConfig, Part, Precision, StepResult, param_groups
+from mae_dist.engine.base import OptimConfig, Part, Precision, Shapes, StepResult, param_groups
 from mae_dist.engine.world import World
 from mae_dist.model import MAE
 
@@ -28,7 +28,7 @@ class NativeEngine:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.tensors = self.model.state_dict(keep_vars=True)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         self.updates = torch.zeros((), device=world.device)  # done when the optimizer was filled
         self.ddp: nn.Module = self.model
         if world.size > 1:
