@@ -72,14 +72,18 @@ def centre_views(epochs: ArrayLike, samples: ArrayLike, size: tuple[int, int], c
 
 
 def resize(crop: NDArray[np.uint8], size: tuple[int, int], decoder: Decoder = "fast") -> Tensor:
-    """Resize (h, w, C) uint8, bicubic and antialiased: (C, *size) uint8. "pil": by PIL, to the bit."""
+    """Resize (h, w, C) uint8, bicubic and antialiased: (C, *size) uint8, channels last in memory.
+
+    "pil": by PIL, to the bit.
+    """
     if crop.shape[:2] == size:
         return torch.from_numpy(crop).permute(2, 0, 1)
     if decoder == "pil":
         image = Image.fromarray(crop if crop.shape[2] > 1 else crop[..., 0])
         resized = np.array(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
         return torch.from_numpy(resized.reshape(*size, crop.shape[2])).permute(2, 0, 1)
-    image = torch.from_numpy(crop).permute(2, 0, 1)[None]  # (1, C, h, w), channels last in memory
+    # (1, C, h, w), permuted with the 1 in place: only so are its strides known as channels last, and nothing repacked.
+    image = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
     return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 

@@ -31,16 +31,18 @@ def decode(
     choose: Callable[[int, int], Box] = whole,
     decoder: Decoder = "fast",
     max_pixels: int = MAX_PIXELS,
+    least: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """The box that `choose(height, width)` picks of a JPEG, PNG, WebP or anything else PIL reads.
 
-    Returns (h, w, channels) uint8, channels 1 (grey), 3 or 4. JPEGs go to libjpeg-turbo in strict mode first ("fast":
+    Returns (h, w, channels) uint8, channels 1 (grey), 3 or 4; with `least` (height, width), of a JPEG at 1/2, 1/4
+    or 1/8 where the box stays at least so large there. JPEGs go to libjpeg-turbo in strict mode first ("fast":
     simplejpeg; "region": TurboJPEG >= 3, the same bits), whatever it refuses to PIL, whose word counts. Raises
     ValueError for more than `max_pixels` pixels, from the header, before decoding; what PIL raises (OSError,
     ValueError, SyntaxError) for bytes that are no image. EXIF orientation is ignored, as in the paper's code.
     """
     if decoder != "pil" and data[:2] == JPEG_START and channels in COLORSPACES and channels != 4:
-        pixels = _jpeg(data, channels, choose, decoder, max_pixels)
+        pixels = _jpeg(data, channels, choose, decoder, max_pixels, least)
         if pixels is not None:
             return pixels
     with Image.open(io.BytesIO(data)) as image:
@@ -55,8 +57,27 @@ def cut(pixels: NDArray[np.uint8], choose: Callable[[int, int], Box]) -> NDArray
     return pixels[top : top + height, left : left + width]
 
 
+def reduced(box: Box, least: tuple[int, int] | None) -> tuple[int, Box]:
+    """The largest s of 8, 4, 2, 1 that leaves a box of an image at 1 / s at least `least`; and that box there.
+
+    Its edges are rounded to whole pixels of the small image, so they lie up to s / 2 pixels of the large one off.
+    """
+    top, left, height, width = box
+    for s in (8, 4, 2):
+        y, x = (top + s // 2) // s, (left + s // 2) // s
+        h, w = (top + height + s // 2) // s - y, (left + width + s // 2) // s - x
+        if least and h >= least[0] and w >= least[1]:
+            return s, (y, x, h, w)
+    return 1, box
+
+
 def _jpeg(
-    data: bytes, channels: int, choose: Callable[[int, int], Box], decoder: Decoder, max_pixels: int
+    data: bytes,
+    channels: int,
+    choose: Callable[[int, int], Box],
+    decoder: Decoder,
+    max_pixels: int,
+    least: tuple[int, int] | None,
 ) -> NDArray[np.uint8] | None:
     """None: for PIL to judge (rare files of ImageNet that PIL reads)."""
     try:
@@ -64,10 +85,15 @@ def _jpeg(
     except ValueError:
         return None
     _refuse_bomb(height, width, max_pixels)
+    scale, box = reduced(choose(height, width), least)
+    size = -(-height // scale), -(-width // scale)
     try:
         if decoder == "region":
-            return decompressor().read(data, choose, channels)
-        return cut(simplejpeg.decode_jpeg(data, colorspace=COLORSPACES[channels], strict=True), choose)
+            return decompressor().read(data, box, channels, scale)
+        pixels = simplejpeg.decode_jpeg(
+            data, colorspace=COLORSPACES[channels], strict=True, min_height=size[0], min_width=size[1]
+        )
+        return cut(pixels, lambda *_: box)
     except ValueError:
         return None
 

@@ -24,7 +24,7 @@ POSITION, EPOCH, SHARD, ROW, ID, LABEL, NANOSECONDS = range(7)  # columns of a t
 
 class Batch(NamedTuple):
     images: Tensor
-    """(B, C, H, W) uint8."""
+    """(B, C, H, W) uint8, channels last in memory: as decoders write and as patches are cut."""
     ids: Tensor
     """(B,) int64: place of each sample in the data set, shards laid end to end."""
     epochs: Tensor
@@ -123,7 +123,7 @@ def _batches(
     shape = (views.source.channels, *views.size)
     if not workers:
         for table in tables:
-            images = torch.empty((len(table), *shape), dtype=torch.uint8)
+            images = torch.empty((len(table), *shape), dtype=torch.uint8, memory_format=torch.channels_last)
             views.fill(table, images)
             yield _batch(views, table, images)
         return

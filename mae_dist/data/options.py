@@ -44,6 +44,9 @@ class DataConfig:
     decoder: Decoder = "fast"
     """fast: libjpeg-turbo, then torch's bicubic. region: the same pixels, decoding no more than each crop (needs
     TurboJPEG 3 on every node). pil: crops equal to the official loader's to the bit, at half the speed."""
+    dct_scale: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 where the crop stays at least as large as the model's images: for large photos,
+    resized from a small image instead of the large one. Other pixels than without, though hardly to be seen."""
     max_pixels: int = MAX_PIXELS
     """An image whose header says more is a bad sample, refused before it is decoded (PIL refuses 179 million)."""
     max_bad_fraction: float = 1e-4
@@ -84,6 +87,8 @@ class DataConfig:
             raise UserError(f"data.max_pixels: {self.max_pixels}: write a number of at least 1")
         if self.decoder == "region":
             library()  # raises where it is missing
+        if self.dct_scale and self.decoder == "pil":
+            raise UserError("data.dct_scale: true, but data.decoder pil promises the official pixels; leave one out")
         if self.cache_bytes is not None and self.cache_bytes < 1:
             raise UserError(f"data.cache_bytes: {self.cache_bytes}: write the bytes that remote shards may take")
         if self.workers < 0 or self.lanes < 1 or self.window < 0 or self.fake_size < 1:
@@ -108,6 +113,8 @@ class DataConfig:
                 )
             if isinstance(self.val_shards, int):
                 raise UserError("data.val_shards: nothing can be held out of a list; write a directory of other shards")
+            if self.dct_scale:
+                raise UserError("data.dct_scale: mode webdataset decodes whole images; leave data.dct_scale out")
             if self.lanes != 1 or self.window:
                 raise UserError("data.lanes, data.window: mode webdataset has no order to set; leave them out")
             if self.epoch_size is not None and self.epoch_size < 1:

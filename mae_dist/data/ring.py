@@ -61,7 +61,9 @@ class Ring:
         self.memory = mmap.mmap(-1, first + slots * (rows + pixels))
         starts = range(first, len(self.memory), rows + pixels)
         self.tables = [np.ndarray((batch, columns), np.int64, self.memory, start) for start in starts]
-        self.images = [np.ndarray((batch, *shape), np.uint8, self.memory, start + rows) for start in starts]
+        channels, height, width = shape
+        last = batch, height, width, channels
+        self.images = [np.ndarray(last, np.uint8, self.memory, start + rows).transpose(0, 3, 1, 2) for start in starts]
         self.lengths = np.ndarray(slots, np.int64, self.memory)
         self.free, self.held = deque(range(slots)), set()
         self.undone = [0] * slots  # tasks
@@ -75,7 +77,7 @@ class Ring:
         )
 
     def run(self, tables: Iterable[Table]) -> Iterator[tuple[Table, Tensor]]:
-        """A batch of each table, in order: (the table as workers left it, (B, C, H, W) uint8).
+        """A batch of each table, in order: (the table as workers left it, (B, C, H, W) uint8, channels last in memory).
 
         An images tensor stays as it is for as long as anybody holds it or a view of it.
         """
@@ -116,7 +118,7 @@ class Ring:
         table, images = self.tables[slot][:length].copy(), self.images[slot][:length]
         if len(self.held) == HELD:
             self.free.append(slot)
-            return table, torch.from_numpy(images.copy())
+            return table, torch.from_numpy(images.copy(order="K"))
         self.held.add(slot)
         weakref.finalize(images, self._take_back, slot).atexit = False  # when the tensor and its views are gone
         return table, torch.from_numpy(images)

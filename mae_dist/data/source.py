@@ -51,7 +51,7 @@ class Source(Protocol):
 class ShardSource:
     """The images of a manifest. Raises BadSample, naming shard and sample, when one cannot be decoded.
 
-    `cache`: for remote shards; None for the default one.
+    `cache`: for remote shards; None for the default one. `least`: boxes may come smaller than cut, but not than this.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class ShardSource:
         cache: Cache | None = None,
         decoder: Decoder = "fast",
         max_pixels: int = MAX_PIXELS,
+        least: tuple[int, int] | None = None,
     ):
         self.store = open_store(manifest, cache)
-        self.channels, self.max_pixels = channels, max_pixels
+        self.channels, self.max_pixels, self.least = channels, max_pixels, least
         self.decoder: Decoder = decoder
 
     @property
@@ -77,7 +78,7 @@ class ShardSource:
     def pixels(self, shard: int, index: int, choose: Choose = whole) -> tuple[NDArray[np.uint8], int]:
         data, label = self.store.read(shard, index)
         try:
-            return decode(data, self.channels, choose, self.decoder, self.max_pixels), label
+            return decode(data, self.channels, choose, self.decoder, self.max_pixels, self.least), label
         except Exception as error:  # decoders raise what they like for bad bytes
             raise BadSample(self.store.where(shard, index), str(error)) from error
 
@@ -121,7 +122,7 @@ def open_sources(config: DataConfig, image_size: tuple[int, int], channels: int)
     if config.fake:
         return FakeSource(config.fake_size, image_size, channels), None
     cache = Cache(config.cache_dir, config.cache_bytes)
-    how = channels, cache, config.decoder, config.max_pixels
+    how = channels, cache, config.decoder, config.max_pixels, image_size if config.dct_scale else None
     if config.mode == "webdataset":
         from mae_dist.data.resampled import ResampledSource  # the one mode that needs webdataset
 

@@ -7,7 +7,6 @@ import ctypes
 import ctypes.util
 import os
 import threading
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -17,7 +16,7 @@ from mae_dist.errors import UserError
 
 LIBRARY = "MAE_DIST_TURBOJPEG"  # environment variable: path of the library, where it is not installed system-wide
 DECOMPRESS = 1  # TJINIT_DECOMPRESS
-STOP_ON_WARNING, SUBSAMPLING, WIDTH, HEIGHT, PRECISION, COLORSPACE = 0, 4, 5, 6, 7, 8  # TJPARAM_*
+STOP_ON_WARNING, SUBSAMPLING, WIDTH, PRECISION, COLORSPACE = 0, 4, 5, 7, 8  # TJPARAM_*
 MCU_WIDTH = (8, 16, 16, 8, 8, 32, 8, 32, 16)  # by subsampling
 MARGIN = 2  # columns
 PIXEL_FORMAT = {1: 6, 3: 0}  # channels -> TJPF_GRAY, TJPF_RGB
@@ -30,13 +29,17 @@ class Region(ctypes.Structure):
     _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("w", ctypes.c_int), ("h", ctypes.c_int))
 
 
+class Fraction(ctypes.Structure):
+    _fields_ = (("numerator", ctypes.c_int), ("denominator", ctypes.c_int))
+
+
 @cache
 def library() -> ctypes.CDLL:
     """TurboJPEG >= 3. Raises UserError when this machine has none."""
     path = os.environ.get(LIBRARY) or ctypes.util.find_library("turbojpeg")
     try:
         tj = ctypes.CDLL(path or "libturbojpeg.so.0")
-        for name in ("tj3Init", "tj3SetCroppingRegion", "tj3Decompress8"):
+        for name in ("tj3Init", "tj3SetScalingFactor", "tj3SetCroppingRegion", "tj3Decompress8"):
             getattr(tj, name)
     except (OSError, AttributeError) as error:
         raise UserError(
@@ -50,6 +53,7 @@ def library() -> ctypes.CDLL:
     tj.tj3Get.argtypes = [ctypes.c_void_p, ctypes.c_int]
     tj.tj3Set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     tj.tj3DecompressHeader.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+    tj.tj3SetScalingFactor.argtypes = [ctypes.c_void_p, Fraction]
     tj.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, Region]
     tj.tj3Decompress8.argtypes = [*tj.tj3DecompressHeader.argtypes, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     return tj
@@ -69,19 +73,20 @@ class Decompressor:
         if getattr(self, "handle", None):
             self.tj.tj3Destroy(self.handle)
 
-    def read(self, data: bytes, choose: Callable[[int, int], Box], channels: int) -> NDArray[np.uint8]:
-        """The box that `choose(height, width)` picks: (h, w, channels) uint8, the same bits as cut out of all of it.
+    def read(self, data: bytes, box: Box, channels: int, scale: int = 1) -> NDArray[np.uint8]:
+        """A box of the image at 1 / `scale` (1, 2, 4, 8): (h, w, channels) uint8, the bits that cutting it out gives.
 
         A little more is decoded on either side: chroma is interpolated across columns, rows TurboJPEG sees to.
         """
         self._check(self.tj.tj3DecompressHeader(self.handle, data, len(data)))
-        subsampling, height, width = self._get(SUBSAMPLING), self._get(HEIGHT), self._get(WIDTH)
+        subsampling = self._get(SUBSAMPLING)
         if subsampling < 0 or self._get(PRECISION) != 8 or self._get(COLORSPACE) >= CMYK:
             raise ValueError("a kind of JPEG that has no rectangles")
-        top, left, h, w = choose(height, width)
-        block = MCU_WIDTH[subsampling]
-        x, right = max(0, left - MARGIN) // block * block, min(width, left + w + MARGIN)
+        top, left, h, w = box
+        block = MCU_WIDTH[subsampling] // scale
+        x, right = max(0, left - MARGIN) // block * block, min(-(-self._get(WIDTH) // scale), left + w + MARGIN)
         pixels = np.empty((h, right - x, channels), dtype=np.uint8)
+        self._check(self.tj.tj3SetScalingFactor(self.handle, Fraction(1, scale)))
         self._check(self.tj.tj3SetCroppingRegion(self.handle, Region(x, top, right - x, h)))
         try:
             self._check(

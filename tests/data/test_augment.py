@@ -69,6 +69,7 @@ def test_shapes_and_types(size):
     for image in (augment(PIXELS, 0, 0, size, CONFIG, 0), centre(PIXELS, size, CONFIG)):
         assert image.shape == (3, *size)
         assert image.dtype == torch.uint8
+        assert image[None].is_contiguous(memory_format=torch.channels_last), "repacked on the way"
 
 
 def test_resizing_is_pils_antialiased_bicubic():

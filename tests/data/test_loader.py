@@ -10,6 +10,7 @@ import torch
 
 from mae_dist.data import DataConfig, ImageStream, evaluation_batches, open_sources
 from mae_dist.data.feed import DeviceFeed, Normalise
+from mae_dist.data.ring import HELD
 from mae_dist.errors import UserError
 
 SIZE = (16, 16)
@@ -36,6 +37,14 @@ def global_batch(shards, k, batch=12, world_size=1, accumulate=1, workers=0):
             }
         batches.close()
     return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_channels_last_also_those_that_are_copied(shards, workers):
+    batches = stream(shards, workers, global_batch_size=12)
+    held = [next(batches).images for _ in range(HELD + 2)]
+    batches.close()
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in held)
 
 
 @pytest.mark.parametrize(
