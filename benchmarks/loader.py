@@ -5,6 +5,7 @@
 - (c) ours, from the same shards.
 - (d) ours, from shards whose images were resized to shortest side 256 beforehand.
 - (c0) the same views through torch's DataLoader instead of the shared ring.
+- (c4) ours, with 4 views of each sample (data.repeated_aug).
 - (c2), (d2) ours with data.decoder region, where TurboJPEG >= 3 is installed.
 
 Each reads one epoch a round and they take turns within a round, so a busy machine slows all of them alike; workers
@@ -110,8 +111,8 @@ def plain_webdataset(shards: Path, workers: int) -> Loader:
     return start
 
 
-def ours(shards: Path, workers: int, decoder: Any = "fast") -> Loader:
-    config = DataConfig(shards=str(shards), workers=workers, decoder=decoder)
+def ours(shards: Path, workers: int, decoder: Any = "fast", views: int = 1) -> Loader:
+    config = DataConfig(shards=str(shards), workers=workers, decoder=decoder, repeated_aug=views)
     source = open_sources(config, SIZE, 3)[0]
     return lambda: iter(ImageStream(source, SIZE, config, seed=0, global_batch_size=BATCH))
 
@@ -225,6 +226,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "b webdataset": plain_webdataset(full, workers),
         "c0 ours, DataLoader": through_dataloader(full, workers),
         "c ours": ours(full, workers),
+        "c4 ours, 4 views": ours(full, workers, views=4),
         **({"c2 ours, region": ours(full, workers, "region")} if has_region_decoding() else {}),
         "d ours, shortest 256": ours(small, workers),
         **({"d2 ours, 256, region": ours(small, workers, "region")} if has_region_decoding() else {}),

@@ -103,13 +103,13 @@ def verify(arguments: Sequence[str]) -> int:
         description="Read shards again: sizes, checksums, counts, indexes, keys, every image decoded. "
         "Lists what is wrong by shard and key; exit status 1 when something is.",
     )
-    parser.add_argument("shards", type=Path, help="directory with a manifest")
+    parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
     given = parser.parse_args(arguments)
-    from mae_dist.shards.manifest import Manifest
+    from mae_dist.shards.mirror import load_manifest
     from mae_dist.shards.verify import verify as check
 
-    manifest = Manifest.load(given.shards, check=False)
+    manifest = load_manifest(given.shards, check=False)
     count = 0
     for problem in check(manifest, given.workers):
         print(problem, flush=True)
@@ -121,13 +121,13 @@ def verify(arguments: Sequence[str]) -> int:
 
 def info(arguments: Sequence[str]) -> int:
     parser = Parser("mae-dist info", description="Counts, sizes, classes, and how well the shards are shuffled.")
-    parser.add_argument("shards", type=Path, help="directory with a manifest")
+    parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw a contact sheet of 64 images, a PNG")
     given = parser.parse_args(arguments)
     from mae_dist.shards.info import contact_sheet, describe
-    from mae_dist.shards.manifest import Manifest
+    from mae_dist.shards.mirror import load_manifest
 
-    manifest = Manifest.load(given.shards)
+    manifest = load_manifest(given.shards)
     print(describe(manifest))
     if given.sheet:
         contact_sheet(manifest).save(given.sheet, "PNG")
@@ -165,8 +165,8 @@ def pretrain(arguments: Sequence[str]) -> int:
 def knn(arguments: Sequence[str]) -> int:
     parser = Parser("mae-dist knn", description="k-NN accuracy of a run's frozen encoder.")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
-    parser.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled shards to vote")
-    parser.add_argument("--test", type=Path, required=True, metavar="SHARDS", help="labelled shards to classify")
+    parser.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to vote, local or an URL")
+    parser.add_argument("--test", required=True, metavar="SHARDS", help="labelled shards to classify, likewise")
     parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
     given = parser.parse_args(arguments)
     from mae_dist.evaluate.knn import as_text, compare
@@ -178,7 +178,7 @@ def knn(arguments: Sequence[str]) -> int:
 def reconstruct(arguments: Sequence[str]) -> int:
     parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction.")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
-    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    parser.add_argument("images", nargs="+", help="image files, or directories of shards; local or URLs")
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
     given = parser.parse_args(arguments)

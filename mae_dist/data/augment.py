@@ -1,7 +1,7 @@
 """Crop, resize, flip: a pure function of (seed, epoch, sample)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +58,12 @@ class View(NamedTuple):
     choose: Callable[[int, int], Box]
     """(height, width) of the image to the box that is cut out of it."""
     flip: bool
+
+
+def enclosing(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of these."""
+    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    return top, left, max(t + h for t, _, h, _ in boxes) - top, max(x + w for _, x, _, w in boxes) - left
 
 
 def random_views(epochs: ArrayLike, samples: ArrayLike, config: DataConfig, seed: int) -> list[View]:

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mae_dist.data.augment import View, centre_views, finish, random_views
+from mae_dist.data.augment import View, centre_views, enclosing, finish, random_views
 from mae_dist.data.bad import BadSample, BadSamples, stand_ins
+from mae_dist.data.decode import Box
 from mae_dist.data.options import DataConfig
 from mae_dist.data.ring import HELD, Ring, Table, batches_ahead
 from mae_dist.data.source import Source
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
     ids: Tensor
     """(B,) int64: place of each sample in the data set, shards laid end to end."""
     epochs: Tensor
-    """(B,) int64."""
+    """(B,) int64; view r of R of a sample, in pass e over the data: e * R + r."""
     labels: Tensor
     """(B,) int64, -1 where there is none."""
 
@@ -38,6 +39,7 @@ class Views:
 
     `lookup`: positions to samples. `views(epochs, samples)`: how samples are seen. `replace(epoch, position, sample)`:
     the positions to try in place of a bad one. `bad`: where bad samples are listed; None: the first raises BadSample.
+    `repeat`: views of each sample, side by side, each as in an epoch of its own; they are read and decoded together.
     """
 
     def __init__(
@@ -49,45 +51,65 @@ class Views:
         size: tuple[int, int],
         config: DataConfig,
         bad: BadSamples | None,
+        repeat: int = 1,
     ):
         self.source, self.lookup, self.views, self.replace = source, lookup, views, replace
-        self.size, self.config, self.bad = size, config, bad
+        self.size, self.config, self.bad, self.repeat = size, config, bad, repeat
         self.made, self.seconds = 0, 0.0  # images handed out, and the time that making them took
 
     def table(self, positions: Ints) -> Table:
-        """What is to be made at these positions: (B, 7); label and time are to be found."""
+        """What is to be made at n positions: (n * repeat, 7); label and time are to be found."""
         samples = self.lookup(positions)
         unknown = np.full(len(positions), -1)
-        return np.stack([positions, samples.epoch, samples.shard, samples.row, samples.id, unknown, unknown], axis=1)
+        columns = positions, samples.epoch * self.repeat, samples.shard, samples.row, samples.id, unknown, unknown
+        table = np.repeat(np.stack(columns, axis=1), self.repeat, axis=0)
+        table[:, EPOCH] += np.tile(np.arange(self.repeat), len(positions))
+        return table
 
     @torch.inference_mode()
     def fill(self, table: Table, images: Tensor) -> None:
         """Make (B, C, H, W) uint8 of the rows of a table, and fill in labels and times."""
         views = self.views(table[:, EPOCH], table[:, ID])
-        for n, (position, epoch, shard, row, sample, _, _) in enumerate(table.tolist()):
+        for first in range(0, len(table), self.repeat):
+            rows = slice(first, first + self.repeat)
+            position, epoch, shard, row, sample, _, _ = table[first].tolist()
             began = time.perf_counter_ns()
-            view = views[n]
             try:
-                crop, label = self.source.pixels(shard, row, view.choose)
+                crops, label = self._cut(shard, row, views[rows])
             except BadSample as error:
-                crop, label = self._stand_in(error, epoch, position, sample, view)
-            images[n] = finish(crop, view, self.size, self.config)
-            table[n, LABEL] = label
-            table[n, NANOSECONDS] = time.perf_counter_ns() - began
+                crops, label = self._stand_in(error, epoch // self.repeat, position, sample, views[rows])
+            for n, crop in enumerate(crops, first):
+                images[n] = finish(crop, views[n], self.size, self.config)
+            table[rows, LABEL] = label
+            table[rows, NANOSECONDS] = (time.perf_counter_ns() - began) // self.repeat
 
     def _stand_in(
-        self, error: BadSample, epoch: int, position: int, sample: int, view: View
-    ) -> tuple[NDArray[np.uint8], int]:
+        self, error: BadSample, epoch: int, position: int, sample: int, views: list[View]
+    ) -> tuple[list[NDArray[np.uint8]], int]:
         if self.bad is None:
             raise error
         self.bad.add(error, epoch, sample)
         others = self.lookup(self.replace(epoch, position, sample))
         for shard, row in zip(others.shard.tolist(), others.row.tolist(), strict=True):
             try:
-                return self.source.pixels(shard, row, view.choose)
+                return self._cut(shard, row, views)
             except BadSample:
                 continue  # listed when its own turn comes
         raise BadSample(error.where, f"{error.reason}; nor was any of {len(others.shard)} samples near it readable")
+
+    def _cut(self, shard: int, row: int, views: list[View]) -> tuple[list[NDArray[np.uint8]], int]:
+        """(h, w, C) uint8 of each view, from one decode of what holds them all, and the label. Raises BadSample."""
+        boxes: list[Box] = []
+
+        def choose(height: int, width: int) -> Box:
+            boxes[:] = [view.choose(height, width) for view in views]
+            return enclosing(boxes)
+
+        pixels, label = self.source.pixels(shard, row, choose)
+        if len(boxes) == 1:
+            return [pixels], label  # the box itself, perhaps at a smaller scale (data.dct_scale)
+        top, left, _, _ = enclosing(boxes)
+        return [pixels[t - top : t - top + h, x - left : x - left + w] for t, x, h, w in boxes], label
 
 
 def rank_positions(start: int, global_batch_size: int, accumulate: int, rank: int, world_size: int) -> Iterator[Ints]:
@@ -127,7 +149,7 @@ def _batches(
             views.fill(table, images)
             yield _batch(views, table, images)
         return
-    ring = Ring(views.fill, workers, batch_size, NANOSECONDS + 1, shape, pin_memory)
+    ring = Ring(views.fill, workers, batch_size, NANOSECONDS + 1, shape, pin_memory, views.repeat)
     try:
         for table, images in ring.run(tables):
             yield _batch(views, table, images)
@@ -147,7 +169,8 @@ class ImageStream:
     """The training batches of one rank, for ever, beginning with global batch `start`.
 
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
-    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. `node`:
+    and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch: R =
+    `config.repeated_aug` views of each of B / R samples, which has then been seen in epochs e R to e R + R - 1. `node`:
     the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image is listed in `bad` and
     replaced by another of its window; without `bad` it raises UserError.
     """
@@ -168,18 +191,17 @@ class ImageStream:
         node: range | None = None,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
-        self.positions = partial(rank_positions, start, global_batch_size, accumulate, rank, world_size)
+        samples = global_batch_size // config.repeated_aug
+        self.positions = partial(rank_positions, start, samples, accumulate, rank, world_size)
         views = partial(random_views, config=config, seed=seed)
         replace = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
         )
-        self.views = Views(source, self.order.lookup, views, replace, size, config, bad)
+        self.views = Views(source, self.order.lookup, views, replace, size, config, bad, config.repeated_aug)
         self.workers, self.pin_memory = config.workers, pin_memory
         self.batch_size = global_batch_size // world_size // accumulate
         ranks = range(rank, rank + 1) if node is None else node
-        self.course = Course(
-            self.order.counts, seed, config.lanes, config.window, global_batch_size, ranks, world_size, start
-        )
+        self.course = Course(self.order.counts, seed, config.lanes, config.window, samples, ranks, world_size, start)
 
     def __iter__(self) -> Iterator[Batch]:
         behind = 1 + HELD + batches_ahead(self.workers, self.batch_size)

@@ -55,6 +55,9 @@ class DataConfig:
     """Pieces of an epoch read side by side: 1 for local disks (a full shuffle), 256 for remote shards."""
     window: int = 0
     """Samples shuffled together within a lane; 0: all of them."""
+    repeated_aug: int = 1
+    """Views of each sample in a batch, side by side, for one read and one decode: with 4 the same `train.epochs` (of
+    views) decode a quarter. A micro-batch must hold all views of its samples."""
 
     def check(self, in_chans: int) -> None:
         """Raise UserError for what cannot be trained on."""
@@ -89,10 +92,14 @@ class DataConfig:
             library()  # raises where it is missing
         if self.dct_scale and self.decoder == "pil":
             raise UserError("data.dct_scale: true, but data.decoder pil promises the official pixels; leave one out")
+        if self.dct_scale and self.repeated_aug > 1:
+            raise UserError(
+                "data.dct_scale: true, but data.repeated_aug cuts all views out of one decode; leave one out"
+            )
         if self.cache_bytes is not None and self.cache_bytes < 1:
             raise UserError(f"data.cache_bytes: {self.cache_bytes}: write the bytes that remote shards may take")
-        if self.workers < 0 or self.lanes < 1 or self.window < 0 or self.fake_size < 1:
-            raise UserError("data: workers and window must be at least 0, lanes and fake_size at least 1")
+        if self.workers < 0 or self.window < 0 or min(self.lanes, self.fake_size, self.repeated_aug) < 1:
+            raise UserError("data: workers and window must be at least 0, lanes, fake_size and repeated_aug at least 1")
 
     def _check_mode(self) -> None:
         shards = self.shards or ""
@@ -117,5 +124,7 @@ class DataConfig:
                 raise UserError("data.dct_scale: mode webdataset decodes whole images; leave data.dct_scale out")
             if self.lanes != 1 or self.window:
                 raise UserError("data.lanes, data.window: mode webdataset has no order to set; leave them out")
+            if self.repeated_aug != 1:
+                raise UserError("data.repeated_aug: mode webdataset makes one view of a sample; leave it out")
             if self.epoch_size is not None and self.epoch_size < 1:
                 raise UserError(f"data.epoch_size: {self.epoch_size}: write a number of at least 1")

@@ -43,17 +43,27 @@ class WorkerDied(RuntimeError):
 
 class Ring:
     """`batch`: the most rows of a table. `fill(rows, images)`: makes images of a batch, in a worker. `pin`: for CUDA.
+    `together`: rows in a row that one task makes.
 
     `run` raises what a worker raised (UserError as it was, all else as RuntimeError with the worker's traceback), and
     WorkerDied, with name and cause, when one was killed. `close` ends the workers; they also end with the trainer,
     however that ends.
     """
 
-    def __init__(self, fill: Fill, workers: int, batch: int, columns: int, shape: tuple[int, int, int], pin: bool):
+    def __init__(
+        self,
+        fill: Fill,
+        workers: int,
+        batch: int,
+        columns: int,
+        shape: tuple[int, int, int],
+        pin: bool,
+        together: int = 1,
+    ):
         self.fill = fill
         self.ahead = batches_ahead(workers, batch)
         slots = self.ahead + HELD
-        self.task = max(TASK, -(-slots * batch // MAX_TASKS))
+        self.task = -(-max(TASK, -(-slots * batch // MAX_TASKS)) // together) * together
         self.pieces = -(-batch // self.task)
         rows, pixels = (-(-size // PAGE) * PAGE for size in (batch * columns * 8, batch * int(np.prod(shape))))
         first = -(-(slots * 8 + workers * TEXT) // PAGE) * PAGE

@@ -10,7 +10,8 @@ from mae_dist.data import ShardSource
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import load_config, newest_of, trained, untrained
 from mae_dist.evaluate.features import encoder_features, extract, pixel_features
-from mae_dist.shards import Manifest
+from mae_dist.shards.cache import Cache
+from mae_dist.shards.mirror import load_manifest
 
 TEMPERATURE = 0.07  # of the votes, as is usual for frozen features (Wu et al., CVPR 2018)
 CHUNK = 1024
@@ -32,7 +33,7 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     return right / len(test)
 
 
-def compare(run: Path, train_shards: Path, test_shards: Path, k: int = 20) -> dict[str, float]:
+def compare(run: Path, train_shards: str, test_shards: str, k: int = 20) -> dict[str, float]:
     """k-NN accuracy of raw pixels, of the encoder before pretraining, and of a run's newest checkpoint.
 
     Raises UserError when there is no checkpoint or the shards have no labels.
@@ -40,12 +41,12 @@ def compare(run: Path, train_shards: Path, test_shards: Path, k: int = 20) -> di
     checkpoint = newest_of(run)
     config = load_config(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sources = []
+    sources, cache = [], Cache(config.data.cache_dir, config.data.cache_bytes)
     for shards in (train_shards, test_shards):
-        manifest = Manifest.load(shards)
+        manifest = load_manifest(shards, cache)
         if not manifest.classes:
             raise UserError(f"{shards}: these images have no labels; k-NN needs shards made from class folders")
-        sources.append(ShardSource(manifest, config.model.in_chans))
+        sources.append(ShardSource(manifest, config.model.in_chans, cache))
     kinds = {
         "raw pixels": pixel_features,
         "encoder, untrained": encoder_features(untrained(config).to(device)),

@@ -52,7 +52,7 @@ def persist(action: Callable[[], T], place: str, counters: Counters) -> T:
             answers += isinstance(error, FileNotFoundError | PermissionError | WrongContent)
             if attempt >= TRIES or answers >= ANSWERED_TRIES or time.monotonic() - began > GIVE_UP:
                 what = "not there" if isinstance(error, FileNotFoundError) else "cannot be fetched"
-                last = f"{type(error).__name__}: {error}"
+                last = " ".join(f"{type(error).__name__}: {error}".split())
                 raise UserError(
                     f"{place}: {what}, tried {attempt} times, last error: {last}; look at the place and at the "
                     "network, then start the same command again"

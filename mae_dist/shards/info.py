@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 
 CLASSES_SHOWN = 20
 LENGTHS_READ = 1_000_000  # or a few more; of more images than that, some
@@ -100,6 +101,7 @@ def contact_sheet(manifest: Manifest, seed: int = 0) -> Image.Image:
     """64 images (fewer when there are fewer) drawn at random, each with its label below."""
     starts = np.cumsum(manifest.counts) - manifest.counts
     shown = min(COLUMNS * ROWS, manifest.num_samples)
+    store = open_store(manifest)
     chosen = np.sort(np.random.default_rng(seed).choice(manifest.num_samples, shown, replace=False))
     height = TILE + 14
     size = COLUMNS * (TILE + GAP) + GAP, -(-shown // COLUMNS) * (height + GAP) + GAP
@@ -107,7 +109,7 @@ def contact_sheet(manifest: Manifest, seed: int = 0) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for n, sample in enumerate(chosen.tolist()):
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
-        image, label = _picture(manifest, shard, sample - int(starts[shard]))
+        image, label = _picture(store, shard, sample - int(starts[shard]))
         x, y = GAP + n % COLUMNS * (TILE + GAP), GAP + n // COLUMNS * (height + GAP)
         sheet.paste(image, (x, y))
         name = manifest.classes[label] if 0 <= label < len(manifest.classes) else str(label) if label >= 0 else ""
@@ -115,13 +117,12 @@ def contact_sheet(manifest: Manifest, seed: int = 0) -> Image.Image:
     return sheet
 
 
-def _picture(manifest: Manifest, shard: int, row: int) -> tuple[Image.Image, int]:
+def _picture(store: LocalStore | RemoteStore, shard: int, row: int) -> tuple[Image.Image, int]:
     """One image cut to a square tile, crossed out when it cannot be decoded, and its label."""
-    offset, length, label = np.load(manifest.index_path(shard), mmap_mode="r")[row].tolist()
     try:
-        data = remote.read_range(manifest.place(shard), offset, offset + length)
+        data, label = store.read(shard, row)
     except OSError as error:
-        raise UserError(f"{manifest.place(shard)}: no contact sheet: {error}") from error
+        raise UserError(f"{store.manifest.place(shard)}: no contact sheet: {error}") from error
     try:
         with Image.open(io.BytesIO(data)) as image:
             return ImageOps.fit(image.convert("RGB"), (TILE, TILE), Image.Resampling.BICUBIC), label

@@ -17,10 +17,14 @@ from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
 THREADS = 32  # small files: what takes time is the way
 
 
-def load_manifest(directory: str, cache: Cache) -> Manifest:
-    """`Manifest.load` of a local directory or of an fsspec URL. Raises UserError as that does."""
+def load_manifest(directory: str, cache: Cache | None = None, check: bool = True) -> Manifest:
+    """`Manifest.load` of a local directory or of an fsspec URL. Raises UserError as that does.
+
+    `cache`: for what lies elsewhere; None for the default one.
+    """
     if not remote.is_remote(directory):
-        return Manifest.load(directory)
+        return Manifest.load(directory, check)
+    cache = cache or Cache()
     cache.prepare()
     place = remote.join(directory, FILE_NAME)
     text = persist(lambda: _whole(place), place, cache.counters)

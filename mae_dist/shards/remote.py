@@ -1,13 +1,21 @@
 """Bytes at a place: a local path, any fsspec URL (s3://, gs://, https://), or a command (webdataset's `pipe:`)."""
 
+import io
+import os
+import select
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import fsspec
 from fsspec.config import conf
 
+from mae_dist.errors import UserError
+
 PIPE = "pipe:"
+SILENCE = 60  # seconds without a byte after which nothing more is expected
 
 
 def is_remote(place: str) -> bool:
@@ -25,9 +33,7 @@ def join(directory: str, name: str) -> str:
 def open_stream(place: str) -> IO[bytes]:
     """Read from the start. Raises OSError (FileNotFoundError among them) when there is nothing."""
     if place.startswith(PIPE):
-        process = subprocess.Popen(place[len(PIPE) :], shell=True, stdout=subprocess.PIPE)
-        assert process.stdout
-        return _Piped(process)  # type: ignore[return-value]
+        return io.BufferedReader(_Piped(place[len(PIPE) :]), 1 << 20)
     system, path = _system(place)
     return system.open(path, "rb")
 
@@ -47,38 +53,59 @@ def size(place: str) -> int:
 
 
 def _system(place: str) -> tuple[Any, str]:
-    """The file system of a place and the path in it."""
+    """The file system of a place and the path in it. Raises UserError for a kind of place that nothing here reads."""
     if not place.startswith(("http://", "https://")):
-        return fsspec.core.url_to_fs(place)
+        try:
+            return fsspec.core.url_to_fs(place)
+        except (ImportError, ValueError) as error:  # no package for it, or no such protocol
+            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
     from aiohttp import ClientTimeout  # slow to import, needed here only
 
     # Its default is five minutes for a whole file, however long, and as much for a server that has fallen silent.
-    timeout = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+    timeout = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE)}
     return fsspec.core.url_to_fs(place, client_kwargs=timeout | conf.get("http", {}).get("client_kwargs", {}))
 
 
-class _Piped:
-    """A command's output as a file; a command that fails is an OSError at the end of it, not a short file."""
+class _Piped(io.RawIOBase):
+    """A command's output as a file.
 
-    def __init__(self, process: subprocess.Popen):
-        self.process = process
+    A command that fails is an OSError at the end of it, not a short file; one that falls silent is a TimeoutError.
+    Closing it ends the command and all that it has started.
+    """
 
-    def read(self, count: int = -1) -> bytes:
+    def __init__(self, command: str):
+        self.command = command
+        # Its own process group: what is killed is the whole of `fetch | unpack`, not only the shell.
+        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, process_group=0)
         assert self.process.stdout
-        data = self.process.stdout.read(count)
-        if len(data) < count or count < 0:
-            code = self.process.wait()
+        self.output, self.has_come = self.process.stdout, select.poll()
+        self.has_come.register(self.output, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        if not self.has_come.poll(1000 * SILENCE):
+            self._give_up("sent no byte")
+        count = os.readv(self.output.fileno(), [into])
+        if count == 0:
+            try:
+                code = self.process.wait(SILENCE)
+            except subprocess.TimeoutExpired:
+                self._give_up("did not end")
             if code:
-                raise OSError(f"{PIPE}{self.process.args}: ended with status {code}")
-        return data
+                raise OSError(f"{PIPE}{self.command}: ended with status {code}")
+        return count
+
+    def _give_up(self, what: str) -> NoReturn:
+        self.close()
+        raise TimeoutError(f"{PIPE}{self.command}: {what} for {SILENCE} seconds and was killed")
 
     def close(self) -> None:
-        if self.process.stdout:
-            self.process.stdout.close()  # a command that still writes gets SIGPIPE
-        self.process.wait()
-
-    def __enter__(self) -> "_Piped":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        if not self.closed:
+            if self.process.returncode is None:  # not waited for yet, so the number is still its own
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+            self.output.close()
+        super().close()

@@ -43,7 +43,7 @@ class Checked:
 def verify(manifest: Manifest, workers: int = 1) -> Iterator[Problem]:
     """Every problem, shard by shard as they are read by `workers` processes; keys of several shards at the end."""
     hashes, count = [], len(manifest.shards)
-    with tqdm(total=manifest.num_samples, unit="img", desc=f"verify {manifest.directory}", dynamic_ncols=True) as bar:
+    with tqdm(total=manifest.num_samples, unit="img", desc="verify", dynamic_ncols=True) as bar:
         for shard, checked in zip(manifest.shards, _each(manifest, workers), strict=True):
             bar.update(shard.count)
             hashes.append(checked.keys)

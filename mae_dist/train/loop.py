@@ -84,7 +84,8 @@ def train(run: Run) -> None:
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
                 progress.show(done, reading.metrics)
             check_skipped(reading.skipped_in_row, config.max_skipped, done)
-            run.bad.check(reading.bad_samples, min(done * config.global_batch_size, run.num_samples))
+            read = done * config.global_batch_size // run.config.data.repeated_aug
+            run.bad.check(reading.bad_samples, min(read, run.num_samples))
             stop = reading.stop_signal
         began = time.perf_counter()
         if last or done % config.eval_every == 0:

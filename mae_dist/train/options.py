@@ -49,25 +49,27 @@ class TrainConfig:
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("train: epochs must be above 0 and steps at least 1")
 
-    def accumulate(self, world_size: int) -> int:
-        """Micro-batches a rank makes of its share of one global batch.
+    def accumulate(self, world_size: int, views: int = 1) -> int:
+        """Micro-batches a rank makes of its share of one global batch. `views` of each sample stay in one of them.
 
         Raises UserError, with the nearest sizes that work, when the batch does not divide.
         """
         batch, micro = self.global_batch_size, self.micro_batch_size
-        if batch % world_size:
+        whole = f" by whole samples of {views} views (data.repeated_aug)" if views > 1 else ""
+        if batch % (world_size * views):
             raise UserError(
-                f"train.global_batch_size: {batch} does not divide over {world_size} processes; "
-                f"the nearest that do are {nearest(batch, world_size)}"
+                f"train.global_batch_size: {batch} does not divide over {world_size} processes{whole}; "
+                f"the nearest that do are {nearest(batch, world_size * views)}"
             )
         share = batch // world_size
         micro = share if micro is None else micro
-        if micro < 1 or share % micro:
-            divisors = [d for d in range(1, share + 1) if share % d == 0]
+        if micro < 1 or share % micro or micro % views:
+            divisors = [d for d in range(views, share + 1, views) if share % d == 0]
             near = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
             raise UserError(
                 f"train.micro_batch_size: {micro} does not divide the {share} images a process takes of each global "
-                f"batch of {batch} ({world_size} processes); the nearest that do are {' and '.join(map(str, near))}"
+                f"batch of {batch} ({world_size} processes){whole}; the nearest that do are "
+                f"{' and '.join(map(str, near))}"
             )
         return share // micro
 

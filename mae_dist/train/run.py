@@ -30,7 +30,7 @@ FREE = {
     "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
-ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window")
+ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window", "data.repeated_aug")
 CONFIG_FILE = "config.yaml"
 
 
@@ -45,7 +45,7 @@ def pretrain(config: Config) -> int:
     stop = StopRequest()
     world = World.join(config.train.device)
     try:
-        accumulate = config.train.accumulate(world.size)
+        accumulate = config.train.accumulate(world.size, config.data.repeated_aug)
         sources = open_sources(config.data, config.model.height_width, config.model.in_chans)
         return _train(config, world, accumulate, sources, stop)
     finally:
@@ -155,11 +155,12 @@ def changed(config: Config) -> list[str]:
     if not path.is_file():
         return []
     before = yaml.safe_load(path.read_text())
-    now = yaml.safe_load(config.to_yaml())
+    default, now = (yaml.safe_load(c.to_yaml()) for c in (Config(), config))
     different = []
     for key, _ in flat(config):
         section, name = key.split(".")
-        was, value = before.get(section, {}).get(name), now[section][name]
+        was = before.get(section, {}).get(name, default[section][name])  # a key may be newer than the run
+        value = now[section][name]
         if was != value and key not in FREE and section != "track":
             different.append(f"{key} (was {was}, now {value})")
     return different

@@ -69,6 +69,22 @@ def test_the_same_curve_however_the_batch_is_cut(shards, undisturbed, tmp_path, 
     assert val_losses(tmp_path) == pytest.approx(val_losses(undisturbed), rel=1e-5)
 
 
+def test_repeated_views_give_the_same_curve_resumed_on_other_processes(shards, tmp_path):
+    """3 views of 4 samples a step. Other views would be another run, and no micro-batch ends inside a sample."""
+    through = arguments(shards, tmp_path, "--data.repeated_aug=3")
+    mae_dist(*through)
+    expected = losses(tmp_path / "t")
+    for late in committed(tmp_path / "t" / "checkpoints")[1:]:  # as if it had been killed behind step 8
+        shutil.rmtree(late)
+    again = mae_dist(*through, "--train.micro_batch_size=3", processes=2)
+    assert "= 2 processes x 2 x 3 " in again.stdout and "resumed at step 8" in again.stdout
+    assert losses(tmp_path / "t") == pytest.approx(expected, rel=1e-5)
+    other = mae_dist(*through, "--data.repeated_aug=2", check=False)
+    assert other.returncode == 2 and "data.repeated_aug (was 3, now 2)" in other.stderr
+    odd = mae_dist(*through, "--train.micro_batch_size=4", check=False)
+    assert odd.returncode == 2 and "by whole samples of 3 views (data.repeated_aug); the nearest" in odd.stderr
+
+
 def kill_one_rank(shards: Path, runs: Path, at_step: int) -> None:
     """Start two processes and SIGKILL the second when the journal shows `at_step`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_dist.data import BadSamples, DataConfig, ImageStream, evaluation_batches, open_sources
+from mae_dist.data.augment import augment
 from mae_dist.data.bad import ALWAYS_ALLOWED, TRIES, BadSample, stand_ins
 from mae_dist.errors import UserError
 from mae_dist.shards.manifest import Manifest
@@ -35,9 +36,9 @@ def corrupt(shards, out, ids):
     return out
 
 
-def epoch_of(shards, run_dir, world_size=1, workers=0, batches=4):
+def epoch_of(shards, run_dir, world_size=1, workers=0, batches=4, views=1):
     """{(epoch, id): (pixels, label)} of some global batches of 12, put together from all ranks."""
-    config = DataConfig(shards=str(shards), workers=workers, window=9, lanes=2)
+    config = DataConfig(shards=str(shards), workers=workers, window=9, lanes=2, repeated_aug=views)
     found = {}
     for rank in range(world_size):
         source, bad = open_sources(config, SIZE, 3)[0], BadSamples(run_dir, 1e-4)
@@ -83,6 +84,30 @@ def test_the_same_stand_ins_at_every_world_size(shards, tmp_path):
         for key in found:
             np.testing.assert_array_equal(found[key][0], expected[key][0])
             assert found[key][1] == expected[key][1]
+
+
+def test_all_views_of_a_bad_sample_are_of_one_stand_in(shards, tmp_path):
+    """Two views a sample, crops and flips as ever, of the stand-in of that pass: pass 1 has others than pass 0."""
+    broken = corrupt(shards, tmp_path / "shards", [4, 17, 45])
+    whole = epoch_of(shards, tmp_path / "none", batches=16, views=2)
+    expected = epoch_of(broken, tmp_path / "run", batches=16, views=2)
+    config, order = DataConfig(window=9, lanes=2), SampleOrder([10, 10, 10, 10, 6], 5, 2, 9)
+    good = open_sources(DataConfig(shards=str(shards)), SIZE, 3)[0]
+    position = {(int(e), int(i)): p for p, (e, _, _, i) in enumerate(zip(*order.lookup(np.arange(92)), strict=True))}
+    for epoch, sample in expected:
+        pixels, label = whole[epoch, sample]
+        if sample in (4, 17, 45):
+            near = order.lookup(stand_ins(epoch // 2, position[epoch // 2, sample], sample, 5, 46, 2, 9))
+            other = next(n for n, i in enumerate(near.id) if i not in (4, 17, 45))
+            picture, label = good.pixels(near.shard[other], near.row[other])
+            pixels = augment(picture, epoch, sample, SIZE, config, 5).numpy()
+        np.testing.assert_array_equal(expected[epoch, sample][0], pixels)
+        assert expected[epoch, sample][1] == label
+    for world_size, workers in [(2, 2), (3, 0)]:
+        found = epoch_of(broken, tmp_path / "run", world_size, workers, 16, views=2)
+        assert all(np.array_equal(found[key][0], expected[key][0]) for key in expected)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted((line["sample"], line["epoch"]) for line in lines) == [(4, 0), (17, 0), (45, 0)]
 
 
 def test_each_bad_sample_is_listed_once_with_shard_key_and_offset(shards, tmp_path):

@@ -181,6 +181,7 @@ def test_it_is_one_of_the_keys_that_decide_a_run(tmp_path):
     "options, words",
     [
         ({"shards": "/x", "decoder": "pil"}, "data.decoder pil promises the official pixels; leave one out"),
+        ({"shards": "/x", "repeated_aug": 2}, "data.repeated_aug cuts all views out of one decode"),
         ({"shards": "/x/{0..3}.tar", "mode": "webdataset"}, "mode webdataset decodes whole images"),
     ],
 )

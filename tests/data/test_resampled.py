@@ -97,6 +97,7 @@ def test_pretraining_from_a_pipe(shards, tmp_path):
         (["--data.shards=/a", "--data.epoch_size=3"], "leave it out"),
         (["--data.shards=a.tar", "--data.mode=webdataset", "--data.val_shards=1"], "write a directory of other shards"),
         (["--data.shards=a.tar", "--data.mode=webdataset", "--data.lanes=4"], "has no order to set"),
+        (["--data.shards=a.tar", "--data.mode=webdataset", "--data.repeated_aug=2"], "one view of a sample; leave it"),
         (["--data.shards=none.tar", "--data.mode=webdataset", "--train.steps=3"], "none.tar: holds 0 images"),
     ],
 )

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from mae_dist.data import DataConfig, ImageStream, ShardSource
 from mae_dist.shards.manifest import Manifest
@@ -24,18 +25,18 @@ def uneven(shards) -> ShardSource:
     return ShardSource(Manifest(manifest.directory, kept), 3)
 
 
-def batches(source, world_size, workers, start=0, count=9, lanes=1, window=0):
+def batches(source, world_size, workers, start=0, count=9, lanes=1, window=0, views=1, accumulate=1):
     """[(ids, epochs, pixels)] of global batches, put together from all ranks."""
-    config = DataConfig(workers=workers, lanes=lanes, window=window)
+    config = DataConfig(workers=workers, lanes=lanes, window=window, repeated_aug=views)
     streams = [
-        iter(ImageStream(source, SIZE, config, SEED, BATCH, start=start, rank=r, world_size=world_size))
+        iter(ImageStream(source, SIZE, config, SEED, BATCH, accumulate, start, r, world_size))
         for r in range(world_size)
     ]
     whole = []
     for _ in range(count):
-        parts = [next(stream) for stream in streams]
-        fields = [[getattr(part, name).numpy() for part in parts] for name in ("ids", "epochs", "images")]
-        whole.append([np.stack(each, axis=1).reshape(BATCH, *each[0].shape[1:]) for each in fields])  # r, r + W, ...
+        parts = [[torch.cat(f) for f in zip(*(next(s) for _ in range(accumulate)), strict=True)] for s in streams]
+        fields = [[part[n].unflatten(0, (-1, views)) for part in parts] for n in (1, 2, 0)]
+        whole.append([torch.stack(each, dim=1).flatten(0, 2).numpy() for each in fields])  # ranks r, r + W, ...
     for stream in streams:
         stream.close()
     return whole
@@ -77,3 +78,49 @@ def test_resumed_at_random_steps_at_other_world_sizes(uneven):
         ids, epochs = (np.concatenate([batch[n] for batch in read]) for n in (0, 1))
         assert all(sorted(ids[epochs == epoch]) == list(range(sum(COUNTS))) for epoch in range(4))
         assert [digest(batch) for batch in read] == [digest(batch) for batch in expected]
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(1, 0), (4, 5)])
+def test_three_views_of_each_sample_are_the_same_however_they_are_read(uneven, lanes, window):
+    """4 samples a batch, at four world sizes, in micro-batches, with tasks that a worker could cut inside a sample."""
+    cuts = [(1, 0, 1), (1, 2, 1), (2, 0, 1), (2, 2, 1), (4, 0, 1), (4, 2, 1), (2, 1, 2)]
+    order = {"lanes": lanes, "window": window, "views": 3}
+    read = [[digest(b) for b in batches(uneven, w, n, accumulate=a, **order)] for w, n, a in cuts]
+    assert all(other == read[0] for other in read)
+    resumed = [
+        digest(batch)
+        for (begin, end), world_size in zip([(0, 2), (2, 7), (7, 9)], [4, 1, 2], strict=True)
+        for batch in batches(uneven, world_size, 2, start=begin, count=end - begin, **order)
+    ]
+    assert resumed == read[0] and len(set(read[0])) == 9
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+def test_repeated_views_are_those_of_as_many_epochs_side_by_side_from_one_decode_a_sample(uneven, views, monkeypatch):
+    """27 batches are 12 epochs of 27 views, each whole; every view is the one of an ordinary run in that epoch."""
+    ordinary = batches(uneven, 1, 0, count=27)
+    expected = {
+        (epoch, sample): pixels
+        for ids, epochs, images in ordinary
+        for sample, epoch, pixels in zip(ids, epochs, images, strict=True)
+    }
+    reads = []
+    read, pixels = uneven.store.read, uneven.pixels
+    monkeypatch.setattr(uneven.store, "read", lambda *where: reads.append("read") or read(*where))
+    monkeypatch.setattr(uneven, "pixels", lambda *sample: reads.append("decode") or pixels(*sample))
+    repeated = batches(uneven, 1, 0, count=27, views=views)
+    assert reads.count("read") == reads.count("decode") == 27 * BATCH // views
+    ids, epochs = (np.concatenate([batch[n] for batch in repeated]) for n in (0, 1))
+    assert (ids.reshape(-1, views) == ids[::views, None]).all()
+    assert (epochs.reshape(-1, views) == epochs[::views, None] + np.arange(views)).all()
+    for epoch in range(12 // views * views):
+        assert sorted(ids[epochs == epoch]) == list(range(sum(COUNTS)))
+    for sample, epoch, image in zip(ids, epochs, np.concatenate([batch[2] for batch in repeated]), strict=True):
+        np.testing.assert_array_equal(image, expected[epoch, sample])
+    plain = order_of(ordinary)[: len(ids) // views]
+    assert [(sample, epoch // views) for sample, epoch in zip(ids[::views], epochs[::views], strict=True)] == plain
+
+
+def order_of(read) -> list[tuple[int, int]]:
+    """(id, epoch) of every image in turn."""
+    return [pair for ids, epochs, _ in read for pair in zip(ids, epochs, strict=True)]

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from mae_dist.errors import UserError
-from mae_dist.shards import download
+from mae_dist.shards import download, remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
 from tests.shards.servers import HTTPServer
@@ -163,6 +163,41 @@ def test_a_command_is_read_to_its_end_and_named_when_it_fails(files, cache):
     for command, says in (("exit 3", "ended with status 3"), ("head -c 99 /dev/zero", "99 bytes where")):
         with pytest.raises(UserError, match=rf"^pipe:{command}: cannot be fetched.*{says}"):
             cache.ensure(good._replace(place=f"pipe:{command}"))
+
+
+def group_exists(process) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("command", ["sleep 1000", "cat {tar} | (head -c 700; sleep 1000)", "exec >&-; sleep 1000"])
+def test_a_command_that_falls_silent_is_killed_with_all_that_it_started_and_named(files, cache, command, monkeypatch):
+    """Before the first byte, in the middle, and behind the last: an end that never comes."""
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    data = (files / "a.tar").read_bytes()
+    place = f"pipe:{command.format(tar=files / 'a.tar')}"
+    with pytest.raises(UserError, match=rf"^pipe:.*cannot be fetched, tried {download.TRIES} times, .* was killed"):
+        cache.ensure(Wanted(place, len(data), hashlib.sha256(data).hexdigest()))
+    assert len(started) == download.TRIES
+    deadline = time.monotonic() + 30
+    while any(map(group_exists, started)):
+        assert time.monotonic() < deadline, "something of the command is still there"
+        time.sleep(0.02)
+
+
+def test_a_slow_command_is_not_a_silent_one(files, cache, monkeypatch):
+    """3.5 seconds in all, with pauses of half a second."""
+    monkeypatch.setattr(remote, "SILENCE", 3)
+    data = (files / "a.tar").read_bytes()
+    slow = f"pipe:for i in 0 1 2 3 4 5 6; do dd bs=500 count=1 skip=$i if={files}/a.tar status=none; sleep 0.5; done"
+    wanted_here = Wanted(slow, len(data), hashlib.sha256(data).hexdigest())
+    cache.ensure(wanted_here)
+    assert content(cache, wanted_here) == data
 
 
 def test_many_processes_download_once(server, cache):

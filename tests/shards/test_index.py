@@ -281,6 +281,14 @@ def test_a_command_that_fails_is_a_broken_shard(shards, tmp_path):
         index([f"pipe:cat {shards}/train-00000.tar; exit 3"], tmp_path / "out")
 
 
+def test_a_command_that_falls_silent_is_a_broken_shard(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    monkeypatch.setattr(module, "PAUSES", ())
+    place = f"pipe:head -c 5000 {shards}/train-00000.tar; sleep 1000"
+    with pytest.raises(UserError, match=r"pipe:head .* TimeoutError: .* sent no byte for 0.2 seconds and was killed"):
+        index([place], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

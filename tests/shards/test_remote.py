@@ -20,6 +20,7 @@ from mae_dist.shards import Manifest, SampleOrder, download, prefetch, store
 from mae_dist.shards.prefetch import Course
 from tests.conftest import TINY, losses, mae_dist
 from tests.shards.servers import HTTPServer, S3Server
+from tests.shards.test_index import make_tar
 
 SIZE = (16, 16)
 
@@ -243,6 +244,65 @@ def remote_counts(runs) -> dict[str, int]:
     records = map(json.loads, (runs / "t" / "journal.jsonl").read_text().splitlines())
     last = [record["metrics"] for record in records if "remote/hits" in record.get("metrics", {})][-1]
     return {name: value for name, value in last.items() if name.startswith("remote/")}
+
+
+@pytest.mark.dist
+def test_shards_of_others_on_s3_are_indexed_where_they_lie_and_stream(images, s3, tmp_path):
+    """Three tars of uneven length as webdataset writes them; the same batches as from the same tars on disk."""
+    paths = sorted(images.rglob("*.jpg"))
+    for n, part in enumerate((paths[:5], paths[5:30], paths[30:])):
+        files = [
+            [(f"{p.stem}-{p.parent.name}.jpg", p.read_bytes()), (f"{p.stem}-{p.parent.name}.cls", b"3")] for p in part
+        ]
+        (tmp_path / f"part-{n}.tar").write_bytes(make_tar([file for pair in files for file in pair]))
+        s3.system.put_file(str(tmp_path / f"part-{n}.tar"), f"shards/theirs/part-{n}.tar")
+    out, here = tmp_path / "out", tmp_path / "here"
+    done = mae_dist("index", "s3://shards/theirs/part-{0..2}.tar", "--out", out, "--workers", 2)
+    assert "46 images in 3 shards" in done.stdout
+    mae_dist("index", tmp_path / "part-{0..2}.tar", "--out", here)
+    assert Manifest.load(out).digest == Manifest.load(here).digest
+    batches = iter(stream(out, tmp_path / "cache"))
+    found = take(batches, 2)
+    assert_same(found, take(iter(stream(here)), 2))
+    assert sorted(found[0].tolist()) == list(range(46))
+    batches.close()
+    lost = mae_dist("index", "s3://shards/theirs/part-{2..3}.tar", "--out", tmp_path / "lost", check=False)
+    assert lost.returncode == 2 and "Traceback" not in lost.stderr
+    assert "1 of 2 shards cannot be used: s3://shards/theirs/part-3.tar: cannot be read: FileNotFound" in lost.stderr
+
+
+@pytest.mark.dist
+def test_commands_take_a_manifest_from_elsewhere_as_pretrain_does(shards, s3, tmp_path, monkeypatch):
+    """On S3, on a web server, and on one without ranges: what is said and drawn is what local shards give."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the cache
+    mae_dist(*pretrain(shards, tmp_path / "runs", "--train.steps=1"))
+    run, servers = tmp_path / "runs" / "t", [HTTPServer(shards), HTTPServer(shards, ranges=False)]
+    said = []
+    for place in (shards, "s3://shards/train", *(server.url for server in servers)):
+        assert mae_dist("verify", place).stdout == f"{place}: 46 images in 5 shards: nothing wrong\n"
+        told = mae_dist("info", place, "--sheet", tmp_path / "sheet.png").stdout.splitlines()
+        mae_dist("reconstruct", run, place, "--out", tmp_path / "grid.png")
+        voted = mae_dist("knn", run, "--train", place, "--test", place).stdout
+        drawn = [(tmp_path / name).read_bytes() for name in ("sheet.png", "grid.png")]
+        said.append(([line for line in told if not line.startswith("order")], voted, drawn))
+        assert ("--data.lanes 256" in told[-2]) == (place != shards)
+    assert all(other == said[0] for other in said[1:])
+    for server in servers:
+        server.stop()
+
+
+@pytest.mark.dist
+def test_commands_say_in_one_line_what_is_not_there(shards, server, s3, tmp_path):
+    mae_dist(*pretrain(shards, tmp_path, "--train.steps=1"))
+    run = tmp_path / "t"
+    for place in ("s3://shards/none", "s3://no-such-bucket/train", f"{server.url}/none", "foo://train"):
+        for command in (["verify", place], ["info", place], ["reconstruct", run, place],
+                        ["knn", run, "--train", place, "--test", shards]):  # fmt: skip
+            done = mae_dist(*command, check=False)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert place in done.stderr and ("not there, tried 3 times" in done.stderr or "not known" in done.stderr)
+    done = mae_dist("reconstruct", run, f"{server.url}/none.jpg", check=False)
+    assert done.returncode == 2 and f"{server.url}/none.jpg: cannot be read as an image" in done.stderr
 
 
 @pytest.mark.dist
