@@ -212,7 +212,7 @@ class Checkpoints:
                 raise OSError(f"{aside}: no files from rank {ranks}{waited}")
 
     def discard(self, step: int, why: str = "") -> None:
-        """Delete what was written for `step`; with `why`, on other ranks than 0, their own files alone, and tell rank 0.
+        """Delete what was written for `step`. Other ranks, with `why`: their own files alone, and tell rank 0 why.
 
         Raises OSError when it cannot be told.
         """

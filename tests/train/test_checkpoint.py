@@ -213,10 +213,10 @@ def test_a_damaged_checkpoint_is_not_evaluated(two, tmp_path):
     weights = root / "step-00000008" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     for given_path in (tmp_path / "run", weights.parent):
-        with pytest.raises(UserError, match=r"model.safetensors: not the bytes .*; use another: step-00000004"):
+        with pytest.raises(UserError, match=r"model\.safetensors: not the bytes .*; use another: step-00000004"):
             trained(newest_of(given_path), None)  # type: ignore[arg-type]
     (weights.parent / "meta.json").unlink()
-    with pytest.raises(UserError, match="meta.json: missing"):
+    with pytest.raises(UserError, match=r"meta\.json: missing"):
         trained(newest_of(weights.parent), None)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ from mae_dist.errors import UserError
 from mae_dist.track.journal import Journal
 from mae_dist.train import saving
 from mae_dist.train.checkpoint import Checkpoints, committed, problems, step_of, surplus
-from mae_dist.train.saving import Saver, SaveFailed, undisturbed
+from mae_dist.train.saving import SaveFailed, Saver, undisturbed
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -33,7 +33,7 @@ class Filled:
 
     def __init__(self, world: World, numbers: int = 1000):
         self.world, self.step = world, 0
-        self.shapes = {name: (numbers,) for name in "abcd"}
+        self.shapes = dict.fromkeys("abcd", (numbers,))
 
     def gather(self, name):
         filled = torch.full(self.shapes[name], float(self.step))
@@ -186,7 +186,7 @@ def test_a_full_disk_costs_a_save_and_not_the_run(small_disk, tmp_path, monkeypa
     assert ("a checkpoint needs 3 MB, " if checked else "No space left on device") in said
     assert [path.name for path in root.iterdir()] == ["step-00000001"]  # and the room is free again
     assert saver.due  # soon
-    with pytest.raises(SaveFailed, match="the checkpoint of step 3 could not be saved: .*make room there"):
+    with pytest.raises(SaveFailed, match=r"the checkpoint of step 3 could not be saved: .*make room there"):
         saver.save(3, {}, wait=True)
     taken.unlink()
     saver.save(4, {}, wait=True)
