@@ -71,6 +71,10 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
             plain.append(step_s)
             for key, value in (("stall_s", stall), ("write_s", found_seconds), ("lost_s", lost)):
                 found[way][key].append(value)
+        print(
+            f"{way}: step {step_s:.2f} s, stall {stall:.2f} s, write {found_seconds:.2f} s, lost {lost:.2f} s",
+            flush=True,
+        )
         newest = committed(directory)[-1]
         if problems(newest):
             raise SystemExit(f"damaged: {problems(newest)}")
