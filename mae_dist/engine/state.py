@@ -6,12 +6,14 @@ or another number of processes, and nothing read from a checkpoint is ever unpic
 """
 
 import math
+import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,11 +37,16 @@ class Snapshot(NamedTuple):
     world_size: int
 
     def write(self, directory: Path) -> list[Path]:
-        """Write this rank's files into an existing directory; returns them. Talks to no other rank."""
+        """Write this rank's files into an existing directory; returns them. Talks to no other rank. Raises OSError."""
         share = directory / f"optimizer-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
         files = {share: self.moments} | ({directory / WEIGHTS: self.weights} if self.weights else {})
         for path, tensors in files.items():
-            save_file(tensors, path)
+            try:
+                save_file(tensors, path)
+            except SafetensorError as error:  # has no errno of its own; what is not the disk's fault is ours
+                if number := re.search(r"\(os error (\d+)\)", str(error)):
+                    raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+                raise
         return list(files)
 
 

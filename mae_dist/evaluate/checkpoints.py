@@ -7,15 +7,16 @@ import torch
 from mae_dist import config as configs
 from mae_dist.config import Config
 from mae_dist.engine import load_weights
+from mae_dist.engine.state import WEIGHTS
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
-from mae_dist.train.checkpoint import META, committed
+from mae_dist.train.checkpoint import COMMITTED, META, committed, problems
 from mae_dist.train.run import CONFIG_FILE
 
 
 def newest_of(path: Path) -> Path:
     """The checkpoint meant by a run directory (its newest) or a checkpoint directory. Raises UserError for neither."""
-    if (path / META).is_file():
+    if (path / META).is_file() or (path.is_dir() and COMMITTED.fullmatch(path.name)):
         return path
     found = committed(path / "checkpoints")
     if not found:
@@ -48,6 +49,11 @@ def untrained(config: Config) -> MAE:
 
 
 def trained(checkpoint: Path, config: Config) -> MAE:
+    """The model of a checkpoint. Raises UserError when its weights are damaged or another model's."""
+    for problem in problems(checkpoint, names=[WEIGHTS]):
+        others = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
+        instead = f"use another: {', '.join(others)}" if others else "put back a copy"
+        raise UserError(f"damaged checkpoint: {problem}; {instead}")
     model = MAE(config.model)
     load_weights(model, checkpoint)
     return model.eval()

@@ -11,13 +11,13 @@ from mae_dist.data.bad import BadSamples
 from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.data.loader import Batch, ImageStream
 from mae_dist.data.resampled import ResampledStream
-from mae_dist.engine import Engine, World, capture
+from mae_dist.engine import Engine, World
 from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
-from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.health import check_skipped
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress
+from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import StopRequest
 from mae_dist.train.validate import Validation
@@ -51,7 +51,7 @@ class Run:
     counts_read: Callable[[], dict[str, int]]
     """Of remote shards: hits, misses, bytes and so on since the start, by this rank and its prefetcher."""
     schedule: CosineSchedule
-    checkpoints: Checkpoints
+    saver: Saver
     meta: dict
     """Saved with each checkpoint."""
     validation: Validation
@@ -75,10 +75,12 @@ def train(run: Run) -> None:
             run.engine.forward_backward(normalise(batch.images), noise_of(batch, run), micro == run.accumulate - 1)
         meters.add(run.engine.step(run.schedule.lr(k)), feed.waited)
         feed.waited = 0.0
-        done, last, stop = k + 1, k + 1 == run.total_steps, 0
+        done, last, stop, due = k + 1, k + 1 == run.total_steps, 0, False
         if last or done % config.log_every == 0:
             found, rate = run.bad.count(), run.stream.worker_rate()
-            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, found, rate)
+            reading = meters.sync(
+                run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, found, rate, run.saver.due
+            )
             if run.journal:
                 counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
@@ -86,12 +88,13 @@ def train(run: Run) -> None:
             check_skipped(reading.skipped_in_row, config.max_skipped, done)
             read = done * config.global_batch_size // run.config.data.repeated_aug
             run.bad.check(reading.bad_samples, min(read, run.num_samples))
-            stop = reading.stop_signal
+            run.saver.report()
+            stop, due = reading.stop_signal, reading.save_due
         began = time.perf_counter()
         if last or done % config.eval_every == 0:
             run.validation.run(done, run.engine, run.journal)
-        if last or stop or done % config.save_every == 0:
-            save(run, done)
+        if last or stop or due or done % config.save_every == 0:
+            run.saver.save(done, run.meta, wait=bool(last or stop))
         meters.pause(time.perf_counter() - began)
         if stop and not last:
             raise Stopped(stop, done)
@@ -99,10 +102,3 @@ def train(run: Run) -> None:
 
 def noise_of(batch: Batch, run: Run) -> Tensor:
     return mask_noise(run.config.train.seed, batch.epochs, batch.ids, run.config.model.num_patches)
-
-
-def save(run: Run, done: int) -> None:
-    """Commit a checkpoint, after the journal that leads to it."""
-    if run.journal:
-        run.journal.sync()
-    run.checkpoints.save(done, capture(run.engine).write, run.meta)

@@ -18,6 +18,8 @@ class Reading(NamedTuple):
     """Largest stop signal any rank got; 0: none."""
     bad_samples: int
     """Found by the whole run so far, each once."""
+    save_due: bool
+    """Rank 0's clock asks for a checkpoint."""
 
 
 class Meters:
@@ -50,14 +52,16 @@ class Meters:
         self.steps += 1
         self.waited += waited
 
-    def sync(self, lr: float, epoch: float, stop_signal: int, bad_samples: int, worker_rate: float) -> Reading:
+    def sync(
+        self, lr: float, epoch: float, stop_signal: int, bad_samples: int, worker_rate: float, save_due: bool = False
+    ) -> Reading:
         """Agree over all ranks and start again. Losses are means (and the largest) over ranks and steps."""
         elapsed = time.perf_counter() - self.since
         data = torch.tensor([self.waited / elapsed, worker_rate], device=self.world.device)
         means = self.world.sum(torch.cat([(self.loss / self.steps)[None], data])) / self.world.size
-        counts = torch.tensor([float(stop_signal), float(bad_samples)], device=self.world.device)
+        counts = torch.tensor([float(stop_signal), float(bad_samples), float(save_due)], device=self.world.device)
         worst = self.world.max(torch.cat([torch.stack([self.loss_max, self.worst_row]), counts]))
-        loss, wait, worker_rate, loss_max, row, stop, bad, norm, skipped = torch.cat(
+        loss, wait, worker_rate, loss_max, row, stop, bad, due, norm, skipped = torch.cat(
             [means, worst, torch.stack([self.grad_norm, self.skipped_total])]
         ).tolist()
         metrics = {
@@ -73,4 +77,4 @@ class Meters:
             "progress/epoch": epoch,
         }
         self._restart()
-        return Reading(metrics, int(row), int(stop), int(bad))
+        return Reading(metrics, int(row), int(stop), int(bad), bool(due))

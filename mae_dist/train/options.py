@@ -30,7 +30,14 @@ class TrainConfig:
     """Steps between validation losses and reconstruction pictures; the last step always has them."""
     save_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
+    save_minutes: float | None = None
+    """Minutes between checkpoints, besides: seen at log steps, by rank 0's clock."""
+    async_save: bool = True
+    """Write checkpoints while the training goes on; it waits for the copy into host memory, and for the last one."""
     keep_checkpoints: int = 3
+    """The last so many, and on disk one more while it is written."""
+    keep_every: int | None = None
+    """Besides, for ever: checkpoints whose step is a multiple of this."""
     max_skipped: int = 20
     """Updates in a row that may be skipped for non-finite numbers before the run stops."""
     accept_changes: bool = False
@@ -46,6 +53,10 @@ class TrainConfig:
         for field in ("global_batch_size", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped"):
             if getattr(self, field) < 1:
                 raise UserError(f"train.{field}: {getattr(self, field)}: write a number of at least 1")
+        if self.save_minutes is not None and self.save_minutes <= 0:
+            raise UserError(f"train.save_minutes: {self.save_minutes}: write a number above 0, or null for steps alone")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise UserError(f"train.keep_every: {self.keep_every}: write a number of steps, or null to keep none so")
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("train: epochs must be above 0 and steps at least 1")
 

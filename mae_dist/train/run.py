@@ -19,6 +19,7 @@ from mae_dist.track.journal import Journal
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.checkpoint import Checkpoints, read_meta
 from mae_dist.train.loop import Run, Stopped, train
+from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import StopRequest
 from mae_dist.train.validate import Validation
@@ -27,7 +28,8 @@ from mae_dist.train.validate import Validation
 FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
-    "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
+    "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints", "train.keep_every",
+    "train.max_skipped", "train.accept_changes",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
 ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window", "data.repeated_aug")
@@ -66,7 +68,8 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
     engine = NativeEngine(model, world, config.optim, config.train.precision, accumulate)
-    checkpoints = Checkpoints(run_dir / "checkpoints", world, config.train.keep_checkpoints)
+    keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, keep, keep_every)
     newest = checkpoints.newest()
     start = resume(config, newest, engine, meta) if newest else 0
     if start >= total:
@@ -80,6 +83,10 @@ def _train(
         sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
         world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
+    journal = open_journal(config, world, start) if world.is_main else None
+    saver = Saver(checkpoints, engine, config.train.async_save, config.train.save_minutes, journal)
+    if start == 0:
+        saver.check_room()
     run = Run(
         config=config,
         world=world,
@@ -93,10 +100,10 @@ def _train(
         epoch_steps=epoch_steps,
         counts_read=sources[0].counts_read,
         schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
-        checkpoints=checkpoints,
+        saver=saver,
         meta=meta,
         validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world, bad),
-        journal=open_journal(config, world, start) if world.is_main else None,
+        journal=journal,
         stop=stop,
     )
     return _train_and_report(run)
@@ -123,6 +130,7 @@ def _train_and_report(run: Run) -> int:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
+        run.saver.leave()
         if run.journal:
             run.journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
             run.journal.sync()

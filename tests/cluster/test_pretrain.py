@@ -130,6 +130,32 @@ def test_a_stop_signal_saves_and_the_run_goes_on_at_another_world_size(shards, u
     assert losses(tmp_path / "t") == pytest.approx(losses(undisturbed / "t"), rel=1e-5)
 
 
+def test_a_damaged_newest_checkpoint_costs_the_steps_behind_it(shards, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "t", tmp_path / "t")
+    newest = tmp_path / "t" / "checkpoints" / "step-00000014"
+    share = newest / "optimizer-00001-of-00002.safetensors"
+    content = share.read_bytes()
+    share.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = mae_dist(*arguments(shards, tmp_path), processes=2)
+    assert f"damaged checkpoint: {share}: not the bytes that were written (checksum)" in done.stderr
+    assert "resumed at step 12" in done.stdout
+    assert losses(tmp_path / "t") == losses(undisturbed / "t")
+    assert (newest / share.name).read_bytes() == content
+    assert (newest.parent / f".damaged-{newest.name}").is_dir()
+
+
+def test_saves_by_the_clock_and_what_is_kept_for_ever(shards, tmp_path):
+    more = ["--train.save_every=100", "--train.save_minutes=1e-9", "--train.keep_checkpoints=2", "--train.keep_every=5"]
+    mae_dist(*arguments(shards, tmp_path, *more))
+    names = [path.name for path in committed(tmp_path / "t" / "checkpoints")]
+    assert names == [f"step-{n:08d}" for n in (5, 10, 13, 14)]
+    saves = {key: [] for key in ("perf/save_s", "perf/save_stall_s", "perf/checkpoint_mb")}
+    for record in records(tmp_path):
+        for key in saves.keys() & record.get("metrics", {}).keys():
+            saves[key].append(record["step"])
+    assert all(found == list(range(1, STEPS + 1)) for found in saves.values())
+
+
 def test_a_complete_run_says_so(shards, undisturbed):
     before = records(undisturbed)
     done = mae_dist(*arguments(shards, undisturbed))
