@@ -23,8 +23,8 @@ FINAL = (2, 3, 128 + signal.SIGINT, 128 + signal.SIGUSR1)
 class Agent(LocalElasticAgent):
     """torchrun's, without restarts that do not help."""
 
-    def _monitor_workers(self, worker_group: Any) -> Any:
-        result = super()._monitor_workers(worker_group)
+    def _monitor_workers(self, worker_group: Any) -> Any:  # type: ignore[override]
+        result: Any = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
         if any(status(failure) in FINAL for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
@@ -51,7 +51,9 @@ def main() -> None:
         failure = first(error.failures.values())
         rank = next(rank for rank, other in error.failures.items() if other is failure)
         if failure.exitcode < 0:
-            print(f"launch: rank {rank} (pid {failure.pid}) was killed by signal {-failure.exitcode}", file=sys.stderr)
+            how = f"was killed by signal {-failure.exitcode}"
+            how += " (by torchrun, if it did not end in time)" if failure.exitcode == -signal.SIGKILL else ""
+            print(f"launch: rank {rank} (pid {failure.pid}) {how}", file=sys.stderr)
         sys.exit(status(failure))
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)

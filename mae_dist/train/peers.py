@@ -18,6 +18,16 @@ SIZE = 1024  # bytes of a file: written at once and never shorter, so that no re
 FAILED, MISTAKE, STOPPED, LEFT = "failed: ", "mistake: ", "stopped by signal ", "left"
 
 
+def host() -> str:
+    """Where a process id means something: containers that share a host name have numbers of their own."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+HOST = host()
+
+
 class Beat(NamedTuple):
     """What a rank wrote last."""
 
@@ -34,7 +44,7 @@ class Beat(NamedTuple):
 
     def is_dead(self) -> bool:
         """Whether the process is gone without a word; only known of this rank's own node."""
-        return self.host == socket.gethostname() and self.phase != LEFT and is_gone(self.pid, is_child=False)
+        return self.host == HOST and self.phase != LEFT and is_gone(self.pid, is_child=False)
 
 
 class Board:
@@ -55,7 +65,7 @@ class Board:
         return self.logs / f"rank-{rank}.beat"
 
     def write(self, step: int, phase: str, seconds: float = 0.0) -> None:
-        text = json.dumps([self.rank, os.getpid(), socket.gethostname(), step, phase[: SIZE // 2], round(seconds, 1)])
+        text = json.dumps([self.rank, os.getpid(), HOST, step, phase[: SIZE // 2], round(seconds, 1)])
         with suppress(OSError):
             os.pwrite(self.file, text.encode().ljust(SIZE)[:SIZE], 0)
 

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Stopped, StopRequest
 from mae_dist.train.validate import Validation
-from mae_dist.train.watchdog import RankLost, Watchdog, is_echo
+from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
 
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
 FREE = {
@@ -60,6 +61,12 @@ def pretrain(config: Config) -> int:
         code = 128 + stopped.signal
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{config.train.name}: {stopped}", flush=True)
+    except Exception as error:
+        if not is_echo(error):
+            raise
+        stop.leaving = True
+        time.sleep(ECHO)  # whose error it is, or torchrun, is to be heard first
+        raise RankLost(f"lost another rank before the first step: {brief(error)}") from None
     return code
 
 
@@ -129,6 +136,7 @@ def _train_and_report(run: Run) -> None:
         train(run)
         _end(run, None)
     except BaseException as error:
+        run.stop.leaving = True
         cause = watch.cause(error) if is_echo(error) else error
         _end(run, cause)
         if cause is error:
@@ -142,7 +150,9 @@ def _train_and_report(run: Run) -> None:
 
 
 def _end(run: Run, cause: BaseException | None) -> None:
-    """Say how the run ended: to the other ranks, and in the journal."""
+    """Say how the run ended: to the other ranks, and in the journal. Once."""
+    if run.watch.closed.is_set():
+        return
     if cause is None:
         said, status, reason = LEFT, "FINISHED", ""
     elif isinstance(cause, Stopped):

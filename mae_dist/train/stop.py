@@ -17,7 +17,8 @@ from torch import Tensor
 from mae_dist.engine.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-AT_ONCE = 5.0  # seconds for the main thread to leave by itself when there is nothing to save
+AT_ONCE = 5.0  # seconds for the main thread to begin to leave when there is nothing to save
+LEAVING = 60.0  # and to be gone
 
 
 class Stopped(Exception):
@@ -44,9 +45,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = self.interrupts = 0
+        self.leaving = False
+        """The main thread is on its way out: no further signal is to divert it."""
         self.begun = False
         """An update was made since the start: there is something to save, and ranks must agree to stop."""
-        self.last_words: Callable[[Stopped], None] = lambda stopped: None
+        self.last_words: Callable[[Exception], None] = lambda cause: None
         """Called before a process ends that cannot leave by itself."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -60,7 +63,8 @@ class StopRequest:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             raise KeyboardInterrupt
-        if not self.begun:
+        if not self.begun and not self.leaving:
+            self.leaving = True
             raise Stopped(number)
 
     def _listen(self, pipe: int) -> None:
@@ -69,13 +73,15 @@ class StopRequest:
                 self.signal = self.signal or (number if number in SIGNALS else 0)
             if self.signal and not self.begun:
                 time.sleep(AT_ONCE)
+                if self.leaving:
+                    time.sleep(LEAVING)
                 if not self.begun:
-                    self.exit()
+                    self.exit(Stopped(self.signal))
 
-    def exit(self) -> None:
+    def exit(self, cause: Exception) -> None:
         """End this process now, from any thread. Its workers see that and end too."""
-        self.last_words(Stopped(self.signal))
-        os._exit(128 + self.signal)
+        self.last_words(cause)
+        os._exit(128 + cause.signal if isinstance(cause, Stopped) else getattr(cause, "status", 2))
 
 
 class Agreement:

@@ -80,24 +80,30 @@ class Watchdog:
 
     def cause(self, error: BaseException) -> Ended | Stopped | UserError:
         """What a collective that failed here is the echo of; looks around for a few seconds."""
-        others: list[Beat] = []
         for _ in range(round(ECHO / 0.25)):
-            others = [beat for beat in self.board.read() if beat.rank != self.world.rank]
-            for beat in others:
-                if beat.phase.startswith(STOPPED):
-                    return Stopped(int(beat.phase.removeprefix(STOPPED)))
-                if beat.phase.startswith(MISTAKE):
-                    return UserError(f"rank {beat.rank}: {beat.phase.removeprefix(MISTAKE)}")
-                if beat.phase.startswith(FAILED):
-                    return RankLost(f"ended because rank {beat.rank} {beat.phase}")
-                if beat.is_dead():
-                    return RankLost(f"ended because rank {beat.rank} (pid {beat.pid}) was killed in {spot(beat)}")
+            if found := self._ended():
+                return found
             time.sleep(0.25)
         if self.stop.signal:
             return Stopped(self.stop.signal)
-        words = " ".join(str(error).split("]", 1)[-1].split("This is typically")[0].split())
+        others = [beat for beat in self.board.read() if beat.rank != self.world.rank]
         theirs = "; ".join(f"rank {beat.rank} was in {spot(beat)} {beat.age:.0f} s ago" for beat in others[:8])
-        return RankLost(f"lost the others in {self.now.phase} of step {self.now.step}: {words} ({theirs})")
+        return RankLost(f"lost the others in {self.now.phase} of step {self.now.step}: {brief(error)} ({theirs})")
+
+    def _ended(self) -> Ended | Stopped | UserError | None:
+        """Why another rank has ended, if one has."""
+        for beat in self.board.read():
+            if beat.rank == self.world.rank:
+                continue
+            if beat.phase.startswith(STOPPED):
+                return Stopped(int(beat.phase.removeprefix(STOPPED)))
+            if beat.phase.startswith(MISTAKE):
+                return UserError(f"rank {beat.rank}: {beat.phase.removeprefix(MISTAKE)}")
+            if beat.phase.startswith(FAILED):
+                return RankLost(f"ended because rank {beat.rank} {beat.phase}")
+            if beat.is_dead():
+                return RankLost(f"ended because rank {beat.rank} (pid {beat.pid}) was killed in {spot(beat)}")
+        return None
 
     def _watch(self) -> None:
         while not self.closed.wait(self.tick):
@@ -120,10 +126,15 @@ class Watchdog:
         if self.launcher and os.getppid() != self.launcher:  # a new start would write where this one writes
             self.board.write(now.step, f"{FAILED}its launcher was killed")
             os._exit(RankLost.status)
-        if self.stop.signal and self.stop.begun and now.phase != SAVING:
-            dead = any(beat.is_dead() for beat in self.board.read())
-            if dead or waited > GRACE + 2 * median(self.steps or [0.0]):
-                self.stop.exit()
+        if now.phase == SAVING or self.stop.leaving:
+            return
+        if (self.stop.signal and self.stop.begun) or waited > self.limit():
+            cause = self._ended()  # then this step never ends
+            if cause is None and self.stop.signal and waited > GRACE + 2 * median(self.steps or [0.0]):
+                cause = Stopped(self.stop.signal)
+            if cause:
+                print(f"rank {self.world.rank}: {cause}", file=sys.stderr, flush=True)
+                self.stop.exit(cause)
 
     def _dump(self, now: Moment, waited: float) -> None:
         try:
@@ -145,7 +156,7 @@ class Watchdog:
         lines[0] += f" (median step: {median(self.steps):.2f} s)" if self.steps else ""
         lines += [f"  rank {beat.rank}: in {spot(beat)} for {beat.seconds:.1f} s" for beat in awake[:16]]
         lines += [
-            f"  rank {beat.rank}: SILENT for {beat.age:.1f} s, last in {spot(beat)} (pid {beat.pid} on {beat.host})"
+            f"  rank {beat.rank}: SILENT for {beat.age:.1f} s, last in {spot(beat)} (pid {beat.pid} on {beat.host.split()[0]})"
             for beat in silent[:16]
         ]
         slow = silent or [beat for beat in awake if (beat.step, beat.phase == now.phase) < (now.step, True)]
@@ -158,6 +169,11 @@ class Watchdog:
 
 def spot(beat: Beat) -> str:
     return f"{beat.phase} of step {beat.step}"
+
+
+def brief(error: BaseException) -> str:
+    """A collective's error in one line, without source files and advice."""
+    return " ".join(str(error).split("]", 1)[-1].split("This is typically")[0].split())
 
 
 def is_echo(error: BaseException) -> bool:
