@@ -60,8 +60,9 @@ MASTER_PORT=${MASTER_PORT:-29500}
 whole NPROC 1 1024
 whole MASTER_PORT 1 65535
 if [[ $NNODES == *:* ]]; then
-  MIN=${NNODES%%:*} MAX=${NNODES#*:}
+  MIN=${NNODES%%:*}
   whole MIN 1 100000
+  export MAX=${NNODES#*:} # only for `whole`
   whole MAX "$MIN" 100000
 else
   whole NNODES 1 100000

@@ -21,7 +21,7 @@ FAILED, MISTAKE, STOPPED, LEFT = "failed: ", "mistake: ", "stopped by signal ", 
 def host() -> str:
     """Where a process id means something: containers that share a host name have numbers of their own."""
     with suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
 
 

@@ -156,7 +156,7 @@ class Watchdog:
         lines[0] += f" (median step: {median(self.steps):.2f} s)" if self.steps else ""
         lines += [f"  rank {beat.rank}: in {spot(beat)} for {beat.seconds:.1f} s" for beat in awake[:16]]
         lines += [
-            f"  rank {beat.rank}: SILENT for {beat.age:.1f} s, last in {spot(beat)} (pid {beat.pid} on {beat.host.split()[0]})"
+            f"  rank {beat.rank}: SILENT for {beat.age:.1f} s, last in {spot(beat)} (pid {beat.pid} on {beat.host})"
             for beat in silent[:16]
         ]
         slow = silent or [beat for beat in awake if (beat.step, beat.phase == now.phase) < (now.step, True)]
