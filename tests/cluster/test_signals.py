@@ -116,7 +116,7 @@ def node(shards: Path, runs: Path, port: int, is_host: bool, log: Path) -> subpr
     command = [*LAUNCH, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     command += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=t", "--local-addr=127.0.0.1"]
     command += [f"--rdzv-conf=is_host={is_host},last_call_timeout=8"]
-    command += ["-m", "mae_dist", *arguments(shards, runs, "--train.watchdog=2", "--train.steps=100")]
+    command += ["-m", "mae_dist", *arguments(shards, runs, "--train.watchdog=2", "--train.steps=60")]
     return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
 
@@ -138,5 +138,5 @@ def test_elastic_the_run_goes_on_with_the_node_that_is_left(shards, tmp_path):
     starts = [record for record in records(tmp_path) if record["kind"] == "start"]
     assert [start["tags"]["world_size"] for start in starts][-2:] == ["2", "1"]
     alone = tmp_path / "alone"
-    mae_dist(*arguments(shards, alone, "--train.steps=100"), timeout=240)
+    mae_dist(*arguments(shards, alone, "--train.steps=60"), timeout=240)
     assert losses(tmp_path / "t") == pytest.approx(losses(alone / "t"), rel=1e-5)

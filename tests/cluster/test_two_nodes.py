@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,9 @@ def spaces() -> Iterator[list[str]]:
         ip("netns", "add", names[1])
         ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
         for name, address in zip(names, ADDRESSES, strict=True):
+            hosts = Path("/etc/netns") / name / "hosts"  # what `ip netns exec` shows as /etc/hosts: no waiting for DNS
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text("".join(f"{a} {socket.gethostname()}\n" for a in ("127.0.0.1", *ADDRESSES)))
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", name, "link", "set", device, "up")
@@ -46,6 +50,7 @@ def spaces() -> Iterator[list[str]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
 def start(space: str, rank: int, shards: Path, runs: Path, log: Path, *more: str) -> subprocess.Popen:
