@@ -77,6 +77,6 @@ class Board:
             for path in self.logs.glob("rank-*.beat"):
                 with suppress(OSError, ValueError):
                     rank, pid, host, step, phase, seconds = json.loads(path.read_bytes())
-                    age = now - path.stat().st_mtime
+                    age = max(0.0, now - path.stat().st_mtime)
                     found.append(Beat(rank, pid, host, step, phase, seconds, age))
         return sorted(found)

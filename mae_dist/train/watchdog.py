@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mae_dist.engine.world import World
 from mae_dist.errors import Ended, UserError
-from mae_dist.train.peers import FAILED, MISTAKE, STOPPED, Beat, Board
+from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED, Beat, Board
 from mae_dist.train.stop import Stopped, StopRequest
 
 FACTOR = 10  # times the median step
@@ -86,9 +86,11 @@ class Watchdog:
             time.sleep(0.25)
         if self.stop.signal:
             return Stopped(self.stop.signal)
-        others = [beat for beat in self.board.read() if beat.rank != self.world.rank]
+        others = [beat for beat in self.board.read() if beat.rank != self.world.rank and beat.phase != LEFT]
         theirs = "; ".join(f"rank {beat.rank} was in {spot(beat)} {beat.age:.0f} s ago" for beat in others[:8])
-        return RankLost(f"lost the others in {self.now.phase} of step {self.now.step}: {brief(error)} ({theirs})")
+        return RankLost(
+            f"lost the others in {self.now.phase} of step {self.now.step}: {brief(error)}{theirs and f' ({theirs})'}"
+        )
 
     def _ended(self) -> Ended | Stopped | UserError | None:
         """Why another rank has ended, if one has."""
