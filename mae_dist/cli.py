@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mae_dist.errors import UserError
+from mae_dist.errors import Ended, UserError
 
 USAGE = """usage: mae-dist COMMAND ...
 
@@ -230,7 +231,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main() -> None:
-    """Exit status 0: done; 2: the user's mistake, said in one line; 128 + n: stopped by signal n; 1: ours."""
+    """Exit status 0: done; 2: the user's mistake, said in one line; 3: the training diverged; 75: another rank was
+    lost; 128 + n: stopped by signal n; 1: ours.
+    """
     command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     try:
         if command in ("-h", "--help", "help"):
@@ -239,12 +242,25 @@ def main() -> None:
         if command not in COMMANDS:
             raise UserError(f"mae-dist has no command {command!r}; the commands are {', '.join(COMMANDS)}")
         sys.exit(COMMANDS[command](arguments))
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:  # all ranks find the same mistake: let rank 0 say it (torchrun then ends us), or say it if alone
+    except (UserError, Ended) as error:
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        if rank:  # all ranks may find the same: let rank 0 say it (torchrun then ends us), or say it if alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            time.sleep(2 if local_rank == 0 else 4)
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(error.status if isinstance(error, Ended) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        rank = os.environ.get("RANK")
+        where = f"rank {rank} failed:\n" if rank else ""
+        print(f"{where}{traceback.format_exc()}", file=sys.stderr, end="", flush=True)  # in one piece
+        leave(1)
+
+
+def leave(status: int) -> None:
+    """Exit after an error, with other ranks in the middle of something: no library's clean-up may wait for them."""
+    sys.stdout.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(status)
+    sys.exit(status)

@@ -3,3 +3,9 @@
 
 class UserError(Exception):
     """What was found, where, and what to write instead, in one line. Never shown with a traceback."""
+
+
+class Ended(RuntimeError):
+    """A run ended for a reason that is no bug of ours: said in one line, with an exit status that says which."""
+
+    status = 1

@@ -62,7 +62,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     """() float32: of the averaged gradient, before clipping."""
     skipped: Tensor
-    """() float32: 1 when the update was left out because a loss or gradient on some rank was not finite, else 0."""
+    """() float32: 1 when the update was left out: a loss or gradient on some rank not finite, or a veto. Else 0."""
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -84,13 +84,18 @@ class Engine(Protocol):
     """Of every entry of `MAE.state_dict()`, in its order, whole."""
     autocast: AbstractContextManager[Any]
     """The training precision, for evaluation."""
+    loss: Tensor
+    """() float32: mean over this rank's samples of the global batch under way."""
 
     def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
         """One micro-batch: images (B, C, H, W) float32, noise (B, N) float32. Gradients are reduced on the `last`."""
         ...
 
-    def step(self, lr: float) -> StepResult:
-        """Update with this learning rate, or skip on every rank when any rank's numbers are not finite."""
+    def step(self, lr: float, veto: Tensor | None = None) -> StepResult:
+        """Update with this learning rate, or skip on every rank when any rank's numbers are not finite.
+
+        `veto`: () bool on the device; where it is true, the update is skipped too.
+        """
         ...
 
     def replica(self) -> MAE:

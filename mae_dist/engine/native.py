@@ -51,11 +51,12 @@ class NativeEngine:
             (loss if self.loss_scale is None else loss * self.loss_scale).backward()
 
     @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, veto: Tensor | None = None) -> StepResult:
         gradients = [p.grad for p in self.trained if p.grad is not None]
         scale = 1.0 if self.loss_scale is None else self.loss_scale
         norm = torch.nn.utils.get_total_norm(gradients) / scale
-        bad = (~(norm.isfinite() & self.loss.isfinite())).float()
+        finite = norm.isfinite() & self.loss.isfinite()
+        bad = (~finite if veto is None else ~finite | veto).float()
         self.world.max(bad)
         clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
         divisor = torch.as_tensor(scale * clip, device=norm.device)

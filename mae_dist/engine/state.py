@@ -8,8 +8,10 @@ or another number of processes, and nothing read from a checkpoint is ever unpic
 import math
 import os
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -50,8 +52,8 @@ class Snapshot(NamedTuple):
         return list(files)
 
 
-def capture(engine: Engine) -> Snapshot:
-    """Copy the state of a run between two steps. Collective: every rank calls it.
+def capture(engine: Engine, counters: Mapping[str, Tensor] = MappingProxyType({})) -> Snapshot:
+    """Copy the state of a run between two steps, with further `counters`. Collective: every rank calls it.
 
     Returns when the copies are made; on CUDA that is what the training loop waits for.
     """
@@ -65,7 +67,7 @@ def capture(engine: Engine) -> Snapshot:
         if part.moments and owners[name] == world.rank:
             moments |= {f"{key}.{name}": to_host(m) for key, m in zip(MOMENTS, part.moments, strict=True)}
     if world.is_main:
-        moments |= {COUNTER + name: to_host(value) for name, value in engine.counters().items()}
+        moments |= {COUNTER + name: to_host(value) for name, value in (engine.counters() | dict(counters)).items()}
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     return Snapshot(weights, moments, world.rank, world.size)
@@ -88,16 +90,21 @@ def to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def restore(engine: Engine, directory: Path) -> None:
-    """Put a checkpoint's state into an engine. Collective. Raises UserError when it is another model's."""
+def restore(engine: Engine, directory: Path) -> dict[str, Tensor]:
+    """Put a checkpoint's state into an engine; returns all its counters, () each.
+
+    Collective. Raises UserError when it is another model's.
+    """
     check_shapes(directory, engine.shapes)
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
         place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (a file handle, no dict)
-        engine.set_counters({key.removeprefix(COUNTER): place[key].get_tensor(key) for key in place if COUNTER in key})
+        counters = {key.removeprefix(COUNTER): place[key].get_tensor(key) for key in place if COUNTER in key}
+        engine.set_counters(counters)
         for name in engine.shapes:
             moments = [place[key].get_tensor(key) for key in (f"{m}.{name}" for m in MOMENTS) if key in place]
             engine.put(name, Part(place[name].get_tensor(name), (moments[0], moments[1]) if moments else None))
+    return counters
 
 
 def load_weights(model: MAE, directory: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mae_dist.errors import UserError
 
-TIMEOUT = timedelta(minutes=10)  # for any collective: longer than the slowest evaluation or save, not for ever
+START_TIMEOUT = timedelta(minutes=10)  # of a collective before the first update: compilers and first shards take long
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class World:
             torch.cuda.set_device(chosen)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
+            dist.init_process_group(backend, timeout=START_TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
         return World(rank, size, chosen)
 
     @property
@@ -54,6 +54,12 @@ class World:
         """On the first rank of each node: the ranks of this node, for what is done once a node. Elsewhere: empty."""
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         return range(self.rank, self.rank + int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if first else self.rank)
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a collective waits for the others from now on. A rank that waited longer raises, or ends (NCCL)."""
+        if self.size > 1:
+            change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.15
+            change(timedelta(seconds=seconds))
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -137,9 +137,9 @@ class Shipper:
         settled = f"{status} {when}"
         if settled == self.state.settled:
             return
-        if status == "RUNNING":
+        if status in ("RUNNING", "SCHEDULED"):
             client.update_run(self.state.run_id, status=status)
-            if self.state.settled:
+            if status == "RUNNING" and self.state.settled:
                 client.set_tag(self.state.run_id, "mae_dist.end", "resumed", synchronous=True)
         else:
             client.set_tag(self.state.run_id, "mae_dist.end", reason[:1000], synchronous=True)

@@ -20,7 +20,7 @@ FILE_NAME = "mlflow.json"
 END_REASON_DIED = "the training process died without a word"
 NONFINITE_KEY = "health/nonfinite"
 BATCH_METRICS = 500
-STATUSES = ("FINISHED", "FAILED", "KILLED")
+STATUSES = ("FINISHED", "FAILED", "KILLED", "SCHEDULED")  # the last: ended, and to be started again by a scheduler
 
 
 class Point(NamedTuple):
@@ -209,7 +209,7 @@ class Summary:
     """Journal records that this call sent."""
     unsent: int
     status: str
-    """FINISHED, FAILED, KILLED or RUNNING."""
+    """FINISHED, FAILED, KILLED, SCHEDULED or RUNNING."""
     error: str | None = None
 
     def __str__(self) -> str:

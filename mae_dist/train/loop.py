@@ -14,21 +14,14 @@ from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World
 from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
-from mae_dist.train.health import check_skipped
+from mae_dist.train.health import Health, check_skipped
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
-from mae_dist.train.stop import StopRequest
+from mae_dist.train.stop import Agreement, Stopped, StopRequest
 from mae_dist.train.validate import Validation
-
-
-class Stopped(Exception):
-    """A signal ended the run after step `step`; everything is saved."""
-
-    def __init__(self, signal: int, step: int):
-        super().__init__(f"stopped by signal {signal} after step {step}; the same command goes on from there")
-        self.signal = signal
+from mae_dist.train.watchdog import SAVING, Watchdog
 
 
 @dataclass
@@ -58,29 +51,41 @@ class Run:
     journal: Journal | None
     """On rank 0 only."""
     stop: StopRequest
+    health: Health
+    watch: Watchdog
+    evaluate_first: bool
+    """The step it goes on from was saved in the middle of its evaluation."""
 
 
 def train(run: Run) -> None:
     """Make every update from `run.start` to `run.total_steps`. Raises Stopped on an agreed signal."""
-    config = run.config.train
+    config, health, watch = run.config.train, run.health, run.watch
     feed = DeviceFeed(iter(run.stream), run.world.device)
     normalise = Normalise(run.config.data, run.world.device)
-    meters = Meters(run.world, config.global_batch_size)
+    meters = Meters(run.world, config.global_batch_size, health)
     progress = Progress(run.start, run.total_steps)
+    agreement = Agreement(run.world)
     if run.start == 0:
         run.validation.draw(0, run.engine, run.journal)  # the untrained model; and drawing fails now or never
+    elif run.evaluate_first:
+        run.validation.run(run.start, run.engine, run.journal)
     for k in range(run.start, run.total_steps):
         for micro in range(run.accumulate):
+            watch.enter("data", k + 1)
             batch = next(feed)
+            watch.enter("forward and backward", k + 1)
             run.engine.forward_backward(normalise(batch.images), noise_of(batch, run), micro == run.accumulate - 1)
-        meters.add(run.engine.step(run.schedule.lr(k)), feed.waited)
+        watch.enter("update", k + 1)
+        meters.add(run.engine.step(run.schedule.lr(k), health.veto(run.engine.loss)), feed.waited)
+        stop = agreement.soon(run.stop.signal)
         feed.waited = 0.0
-        done, last, stop, due = k + 1, k + 1 == run.total_steps, 0, False
+        done, last, due = k + 1, k + 1 == run.total_steps, False
+        run.stop.begun = True
+        if k == run.start + 1:  # every rank is through its first step, and what that compiled
+            run.world.set_timeout(config.timeout)
         if last or done % config.log_every == 0:
             found, rate = run.bad.count(), run.stream.worker_rate()
-            reading = meters.sync(
-                run.schedule.lr(k), done / run.epoch_steps, run.stop.signal, found, rate, run.saver.due
-            )
+            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, found, rate, run.saver.due)
             if run.journal:
                 counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
@@ -89,16 +94,28 @@ def train(run: Run) -> None:
             read = done * config.global_batch_size // run.config.data.repeated_aug
             run.bad.check(reading.bad_samples, min(read, run.num_samples))
             run.saver.report()
-            stop, due = reading.stop_signal, reading.save_due
+            due = reading.save_due
         began = time.perf_counter()
-        if last or done % config.eval_every == 0:
-            run.validation.run(done, run.engine, run.journal)
+        if not stop and (last or done % config.eval_every == 0):
+            stop = evaluate(run, done, agreement)
         if last or stop or due or done % config.save_every == 0:
+            watch.enter(SAVING, done)
             run.saver.save(done, run.meta, wait=bool(last or stop))
         meters.pause(time.perf_counter() - began)
-        if stop and not last:
+        if stop:
             raise Stopped(stop, done)
 
 
 def noise_of(batch: Batch, run: Run) -> Tensor:
     return mask_noise(run.config.train.seed, batch.epochs, batch.ids, run.config.model.num_patches)
+
+
+def evaluate(run: Run, done: int, agreement: Agreement) -> int:
+    """The validation loss and picture after `done` updates; returns the signal that ended it, or 0."""
+
+    def stop() -> int:
+        run.watch.enter("evaluation", done)
+        return agreement.now(run.stop.signal)
+
+    run.validation.run(done, run.engine, run.journal, stop)
+    return agreement.agreed

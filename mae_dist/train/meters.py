@@ -7,6 +7,7 @@ import torch
 
 from mae_dist.engine.base import StepResult
 from mae_dist.engine.world import World
+from mae_dist.train.health import Health
 
 
 class Reading(NamedTuple):
@@ -14,8 +15,6 @@ class Reading(NamedTuple):
 
     metrics: dict[str, float]
     skipped_in_row: int
-    stop_signal: int
-    """Largest stop signal any rank got; 0: none."""
     bad_samples: int
     """Found by the whole run so far, each once."""
     save_due: bool
@@ -25,10 +24,8 @@ class Reading(NamedTuple):
 class Meters:
     """Sums over the steps since the last sync. `add` never waits for the device; `sync` does, once."""
 
-    def __init__(self, world: World, global_batch_size: int):
-        self.world, self.global_batch_size = world, global_batch_size
-        self.skipped_in_row = torch.zeros((), device=world.device)
-        self.skipped_total = torch.zeros((), device=world.device)
+    def __init__(self, world: World, global_batch_size: int, health: Health):
+        self.world, self.global_batch_size, self.health = world, global_batch_size, health
         self._restart()
 
     def _restart(self) -> None:
@@ -46,23 +43,20 @@ class Meters:
         self.loss = self.loss + result.loss
         self.loss_max = torch.maximum(self.loss_max, result.loss)
         self.grad_norm = torch.where(good, result.grad_norm, self.grad_norm)
-        self.skipped_in_row = torch.where(good, 0.0, self.skipped_in_row + 1)
-        self.skipped_total = self.skipped_total + result.skipped
-        self.worst_row = torch.maximum(self.worst_row, self.skipped_in_row)
+        self.health.note(result)
+        self.worst_row = torch.maximum(self.worst_row, self.health.counters["skipped_in_row"])
         self.steps += 1
         self.waited += waited
 
-    def sync(
-        self, lr: float, epoch: float, stop_signal: int, bad_samples: int, worker_rate: float, save_due: bool = False
-    ) -> Reading:
+    def sync(self, lr: float, epoch: float, bad_samples: int, worker_rate: float, save_due: bool = False) -> Reading:
         """Agree over all ranks and start again. Losses are means (and the largest) over ranks and steps."""
         elapsed = time.perf_counter() - self.since
         data = torch.tensor([self.waited / elapsed, worker_rate], device=self.world.device)
         means = self.world.sum(torch.cat([(self.loss / self.steps)[None], data])) / self.world.size
-        counts = torch.tensor([float(stop_signal), float(bad_samples), float(save_due)], device=self.world.device)
+        counts = torch.tensor([float(bad_samples), float(save_due)], device=self.world.device)
         worst = self.world.max(torch.cat([torch.stack([self.loss_max, self.worst_row]), counts]))
-        loss, wait, worker_rate, loss_max, row, stop, bad, due, norm, skipped = torch.cat(
-            [means, worst, torch.stack([self.grad_norm, self.skipped_total])]
+        loss, wait, worker_rate, loss_max, row, bad, due, norm, skipped = torch.cat(
+            [means, worst, torch.stack([self.grad_norm, self.health.counters["skipped"]])]
         ).tolist()
         metrics = {
             "loss/train": loss,
@@ -77,4 +71,4 @@ class Meters:
             "progress/epoch": epoch,
         }
         self._restart()
-        return Reading(metrics, int(row), int(stop), int(bad), bool(due))
+        return Reading(metrics, int(row), int(bad), bool(due))

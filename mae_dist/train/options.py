@@ -25,7 +25,7 @@ class TrainConfig:
     precision: Precision = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 20
-    """Steps between lines, journal entries and checks for a stop."""
+    """Steps between lines and journal entries."""
     eval_every: int = 1000
     """Steps between validation losses and reconstruction pictures; the last step always has them."""
     save_every: int = 1000
@@ -39,7 +39,13 @@ class TrainConfig:
     keep_every: int | None = None
     """Besides, for ever: checkpoints whose step is a multiple of this."""
     max_skipped: int = 20
-    """Updates in a row that may be skipped for non-finite numbers before the run stops."""
+    """Updates in a row that may be skipped for non-finite numbers or spikes before the run stops."""
+    spike_sigma: float | None = None
+    """Skip an update whose loss is so many standard deviations above the recent mean (6, say); None: none is."""
+    timeout: float = 300.0
+    """Seconds that a rank waits for the others in a step before it gives the run up, to be started again."""
+    watchdog: float | None = 60.0
+    """Seconds after which a step that hangs is told of, with the stacks of all ranks in logs/; None: never."""
     accept_changes: bool = False
     """Resume although the config or the data changed (a lower learning rate after a divergence, say)."""
 
@@ -59,6 +65,10 @@ class TrainConfig:
             raise UserError(f"train.keep_every: {self.keep_every}: write a number of steps, or null to keep none so")
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("train: epochs must be above 0 and steps at least 1")
+        for field in ("spike_sigma", "timeout", "watchdog"):
+            if (value := getattr(self, field)) is not None and value <= 0:
+                off = "" if field == "timeout" else ", or null for none"
+                raise UserError(f"train.{field}: {value}: write a number above 0{off}")
 
     def accumulate(self, world_size: int, views: int = 1) -> int:
         """Micro-batches a rank makes of its share of one global batch. `views` of each sample stay in one of them.

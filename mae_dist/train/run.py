@@ -2,7 +2,10 @@
 
 import math
 import os
+import signal
 import subprocess
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,21 +18,24 @@ from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, NativeEngine, World, restore
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
-from mae_dist.track.journal import Journal
+from mae_dist.track.journal import FILE_NAME, Journal, read
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.checkpoint import Checkpoints, read_meta
-from mae_dist.train.loop import Run, Stopped, train
+from mae_dist.train.health import Health
+from mae_dist.train.loop import Run, train
+from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
-from mae_dist.train.stop import StopRequest
+from mae_dist.train.stop import Stopped, StopRequest
 from mae_dist.train.validate import Validation
+from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
 
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
 FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints", "train.keep_every",
-    "train.max_skipped", "train.accept_changes",
+    "train.max_skipped", "train.accept_changes", "train.timeout", "train.watchdog",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
 ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window", "data.repeated_aug")
@@ -40,23 +46,34 @@ def pretrain(config: Config) -> int:
     """Train, or go on training, on all the processes of this world. Returns the exit status.
 
     0: complete. 128 + n: stopped by signal n, everything saved. Raises UserError for a user's mistake, before the first
-    step wherever it can be seen then, and TrainingDiverged when numbers stay bad.
+    step wherever it can be seen then, TrainingDiverged when numbers stay bad, and RankLost when another rank ended.
     """
     config.check()
     config = config.with_epoch_size()
     stop = StopRequest()
-    world = World.join(config.train.device)
+    code = 0
     try:
+        world = World.join(config.train.device)
         accumulate = config.train.accumulate(world.size, config.data.repeated_aug)
         sources = open_sources(config.data, config.model.height_width, config.model.in_chans)
-        return _train(config, world, accumulate, sources, stop)
-    finally:
-        world.leave()
+        _train(config, world, accumulate, sources, stop)
+        world.leave()  # not after an error: the other ranks may hang in what this would wait for
+    except Stopped as stopped:
+        code = 128 + stopped.signal
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{config.train.name}: {stopped}", flush=True)
+    except Exception as error:
+        if not is_echo(error):
+            raise
+        stop.leaving = True
+        time.sleep(ECHO)  # whose error it is, or torchrun, is to be heard first
+        raise RankLost(f"lost another rank before the first step: {brief(error)}") from None
+    return code
 
 
 def _train(
     config: Config, world: World, accumulate: int, sources: tuple[Source, Source | None], stop: StopRequest
-) -> int:
+) -> None:
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
     num_samples = int(sources[0].counts.sum())
     total = config.train.steps or math.ceil(config.train.epochs * num_samples / batch)
@@ -71,11 +88,13 @@ def _train(
     keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
     checkpoints = Checkpoints(run_dir / "checkpoints", world, keep, keep_every)
     newest = checkpoints.newest()
-    start = resume(config, newest, engine, meta) if newest else 0
-    if start >= total:
+    health = Health(world, config.train.spike_sigma)
+    start = resume(config, newest, engine, health, meta) if newest else 0
+    evaluate_first = start > 0 and world.broadcast(is_unevaluated(config, start, total) if world.is_main else False)
+    if start >= total and not evaluate_first:
         if world.is_main:
             print(f"{run_dir}: complete, {start} of {total} steps; for another run write --train.name NAME")
-        return 0
+        return
     epoch_steps = num_samples / batch
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
     bad = BadSamples(run_dir, config.data.max_bad_fraction)
@@ -84,7 +103,7 @@ def _train(
         world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
     journal = open_journal(config, world, start) if world.is_main else None
-    saver = Saver(checkpoints, engine, config.train.async_save, config.train.save_minutes, journal)
+    saver = Saver(checkpoints, engine, config.train.async_save, config.train.save_minutes, journal, health.counters)
     if start == 0:
         saver.check_room()
     run = Run(
@@ -105,42 +124,59 @@ def _train(
         validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world, bad),
         journal=journal,
         stop=stop,
+        health=health,
+        watch=Watchdog(run_dir, world, stop, config.train.watchdog, start),
+        evaluate_first=evaluate_first,
     )
-    return _train_and_report(run)
+    _train_and_report(run)
 
 
-def _train_and_report(run: Run) -> int:
+def _train_and_report(run: Run) -> None:
     """Train; whatever happens, the journal says how it ended."""
-    tracker = None
-    status, reason, code = "FAILED", "", 0
-    if run.journal:
-        describe(run)
-        tracker = MLflowTracker.start(run.config.train.run_dir, run.config.track)
+    tracker, watch = None, run.watch
+    run.stop.last_words = partial(_end, run)
     try:
+        if run.journal:
+            describe(run)
+            tracker = MLflowTracker.start(run.config.train.run_dir, run.config.track)
         train(run)
-        status = "FINISHED"
-    except Stopped as stopped:
-        status, reason, code = "KILLED", str(stopped), 128 + stopped.signal
-        if run.world.is_main:
-            print(f"\n{run.config.train.name}: {stopped}", flush=True)
-    except KeyboardInterrupt:
-        status, reason = "KILLED", "interrupted"
-        raise
+        _end(run, None)
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise
+        run.stop.leaving = True
+        cause = watch.cause(error) if is_echo(error) else error
+        _end(run, cause)
+        if cause is error:
+            raise
+        raise cause from None
     finally:
         run.saver.leave()
         if run.journal:
-            run.journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
-            run.journal.sync()
             run.journal.close()
         if tracker:
             tracker.close()
-    return code
 
 
-def resume(config: Config, checkpoint: Path, engine: Engine, meta: dict) -> int:
+def _end(run: Run, cause: BaseException | None) -> None:
+    """Say how the run ended: to the other ranks, and in the journal. Once."""
+    if run.watch.closed.is_set():
+        return
+    if cause is None:
+        said, status, reason = LEFT, "FINISHED", ""
+    elif isinstance(cause, Stopped):
+        said, status, reason = f"{STOPPED}{cause.signal}", cause.end, str(cause)
+    elif isinstance(cause, KeyboardInterrupt):
+        said, status, reason = f"{STOPPED}{signal.SIGINT}", "KILLED", "interrupted"
+    else:
+        status, reason = "FAILED", f"{type(cause).__name__}: {cause}"
+        said = LEFT if isinstance(cause, RankLost) else f"{FAILED}{reason}"
+        said = f"{MISTAKE}{cause}" if isinstance(cause, UserError) else said
+    run.watch.close(said)
+    if run.journal:
+        run.journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
+        run.journal.sync()
+
+
+def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> int:
     """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
     saved = read_meta(checkpoint)
     order = [(key, was, meta["order"].get(key)) for key, was in saved.get("order", {}).items()]
@@ -153,8 +189,16 @@ def resume(config: Config, checkpoint: Path, engine: Engine, meta: dict) -> int:
             f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
             "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
         )
-    restore(engine, checkpoint)
+    health.restore(restore(engine, checkpoint))
     return saved["step"]
+
+
+def is_unevaluated(config: Config, start: int, total: int) -> bool:
+    """Whether a stop signal cut the evaluation after update `start` short."""
+    path = config.train.run_dir / FILE_NAME
+    if start % config.train.eval_every and start < total:
+        return False
+    return not any(r["kind"] == "image" and r["step"] == start for r in (read(path) if path.is_file() else ()))
 
 
 def changed(config: Config) -> list[str]:
@@ -177,7 +221,7 @@ def changed(config: Config) -> list[str]:
 def open_journal(config: Config, world: World, start: int) -> Journal:
     """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
     run_dir = config.train.run_dir
-    journal = Journal(run_dir / "journal.jsonl")
+    journal = Journal(run_dir / FILE_NAME)
     journal.cut(start)
     aside = run_dir / f".{CONFIG_FILE}"
     aside.write_text(config.to_yaml())

@@ -12,10 +12,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from mae_dist.engine import Engine, Snapshot, capture
 from mae_dist.errors import UserError
@@ -75,7 +77,10 @@ class Write(threading.Thread):
 
 
 class Saver:
-    """Makes the checkpoints of a run. Every rank calls `save` after the same steps; `journal` is rank 0's."""
+    """Makes the checkpoints of a run. Every rank calls `save` after the same steps; `journal` is rank 0's.
+
+    `counters`: saved besides the engine's, as they are at each save.
+    """
 
     def __init__(
         self,
@@ -84,10 +89,11 @@ class Saver:
         in_background: bool = True,
         minutes: float | None = None,
         journal: Journal | None = None,
+        counters: Mapping[str, Tensor] = MappingProxyType({}),
         patience: float = PATIENCE,
     ):
         self.checkpoints, self.engine, self.world, self.journal = checkpoints, engine, engine.world, journal
-        self.in_background, self.patience = in_background, patience
+        self.in_background, self.counters, self.patience = in_background, counters, patience
         self.seconds = math.inf if minutes is None else minutes * 60
         self.last, self.retry_at, self.failures, self.why = time.monotonic(), math.inf, 0, ""
         self.write: Write | None = None
@@ -113,7 +119,7 @@ class Saver:
             if failed:
                 self._failed(step)
             else:
-                self.write = Write(self.checkpoints, step, capture(self.engine), meta, self.patience)
+                self.write = Write(self.checkpoints, step, capture(self.engine, self.counters), meta, self.patience)
                 failed = (wait or not self.in_background) and self._finish()
             if failed and wait:
                 why = self.world.broadcast(self.why)

@@ -1,6 +1,7 @@
 """The validation loss, on held-out images with fixed masks, and the picture of reconstructions."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from mae_dist.track.review import reconstruction_grid, save_picture
 
 PICTURED = 12  # images in a reconstruction grid
 GREY = 127
+ASK_EVERY = 4  # batches of an evaluation between looks whether to stop
 
 
 class Validation:
@@ -35,11 +37,17 @@ class Validation:
         self.normalise = Normalise(config.data, world.device)
         self.pictured = first_images(source or train_source, config, bad)
 
-    def run(self, step: int, engine: Engine, journal: Journal | None) -> None:
-        """Measure on all ranks; rank 0 draws and writes the journal."""
-        loss = self.loss(engine) if self.source else None
-        if journal and loss is not None:
-            journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
+    def run(self, step: int, engine: Engine, journal: Journal | None, stop: Callable[[], int] = lambda: 0) -> None:
+        """Measure on all ranks; rank 0 draws and writes the journal.
+
+        `stop()`, collective, is asked now and then; what is not 0 ends it, and nothing is written.
+        """
+        if self.source:
+            loss = self.loss(engine, stop)
+            if loss is None:
+                return
+            if journal:
+                journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
         self.draw(step, engine, journal)
 
     @torch.no_grad()
@@ -60,15 +68,22 @@ class Validation:
         return mask_noise(self.config.train.seed, torch.zeros_like(ids), ids, self.config.model.num_patches)
 
     @torch.no_grad()
-    def loss(self, engine: Engine) -> float:
-        """Mean loss over the held-out images, each counted once whatever the number of ranks."""
+    def loss(self, engine: Engine, stop: Callable[[], int] = lambda: 0) -> float | None:
+        """Mean loss over the held-out images, each counted once whatever the number of ranks; None: stopped."""
         assert self.source is not None
         model = engine.replica()
         size, world = self.config.model.height_width, self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in evaluation_batches(
+        batches = evaluation_batches(
             self.source, size, self.config.data, self.batch_size, world.rank, world.size, self.bad
-        ):
+        )
+        most = -(-int(self.source.counts.sum()) // (world.size * self.batch_size))  # some ranks have one less
+        for i in range(most):
+            if i % ASK_EVERY == 0 and stop():
+                return None
+            batch = next(batches, None)
+            if batch is None:
+                break
             images, ids = (tensor.to(world.device) for tensor in (batch.images, batch.ids))
             with engine.autocast:
                 loss = model(self.normalise(images), self.noise(ids)).loss

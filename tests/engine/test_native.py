@@ -126,6 +126,16 @@ def test_a_bad_number_moves_nothing(device, precision, bad):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_veto_moves_nothing(device):
+    e, (images, noise) = engine(device), batch(device=device)
+    before = weights(e)
+    for veto, skipped in ((True, 1), (False, 0)):
+        e.forward_backward(images, noise, last=True)
+        assert e.step(1e-3, torch.tensor(veto, device=device)).skipped == skipped
+        assert same(before, weights(e)) == veto
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_fp16_scales_and_recovers_from_overflow(device):
     e, (images, noise) = engine(device, "fp16"), batch(device=device)
     e.loss_scale.fill_(2.0**40)  # overflows float16 gradients
@@ -152,10 +162,10 @@ def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
         for _ in range(3):
             e.forward_backward(images, noise, last=True)
             e.step(1e-3)
-    files = capture(first).write(tmp_path)
+    files = capture(first, {"skipped": torch.tensor(2.0)}).write(tmp_path)
     assert {path.name for path in files} == {path.name for path in tmp_path.iterdir()}
     second = engine(precision=precision, seed=99)
-    restore(second, tmp_path)
+    assert restore(second, tmp_path)["skipped"] == 2
     for e in (through, second):
         for _ in range(3):
             e.forward_backward(images, noise, last=True)

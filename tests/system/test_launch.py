@@ -42,6 +42,8 @@ def test_shellcheck() -> None:
         ({"NNODES": "2", "MASTER_ADDR": "a"}, ["needs NODE_RANK, 0 on a and 1..1 on the others"]),
         ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, ["NODE_RANK=2 is not a whole number from 0 to 1"]),
         ({"NNODES": "two"}, ["NNODES=two is not a whole number from 1"]),
+        ({"NNODES": "1:2"}, ["needs MASTER_ADDR, the host name of the node where all meet"]),
+        ({"NNODES": "4:2", "MASTER_ADDR": "a"}, ["MAX=2 is not a whole number from 4"]),
         ({"NPROC": "0"}, ["NPROC=0 is not a whole number from 1"]),
         ({"MASTER_PORT": "70000"}, ["MASTER_PORT=70000 is not a whole number from 1 to 65535"]),
         ({"PYTHON": "/no/such/python"}, ["'/no/such/python' cannot import torch and mae_dist", "write PYTHON="]),
@@ -77,6 +79,16 @@ def test_a_process_for_each_visible_gpu(tmp_path: Path, visible: str | None, cou
     assert done.returncode == 0, done.stderr
     assert f"--nproc-per-node={count} --standalone" in done.stdout
     assert done.stdout.endswith("-m mae_dist pretrain --config a file.yaml\n")
+
+
+def test_elastic_is_a_rendezvous_with_restarts(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    settings = {"PYTHON": str(tmp_path / "python"), "NNODES": "1:2", "MASTER_ADDR": "a", "NPROC": "4"}
+    done = torchrun("--config", "x.yaml", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "--nnodes=1:2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=a:29500" in done.stdout
+    assert "--max-restarts=10" in done.stdout
 
 
 def test_two_processes_train(tmp_path: Path) -> None:

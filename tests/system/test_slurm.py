@@ -46,17 +46,29 @@ def test_two_nodes_train(cluster: slurm.Cluster, tmp_path: Path) -> None:
     assert list(tmp_path.glob("runs/*/checkpoints/step-*4"))
 
 
-def test_a_job_at_its_time_limit_saves_and_the_next_goes_on(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, 100_000)
-    # The second job waits for the first, as the sbatch file advises.
-    following = submit(cluster, tmp_path, 100_000, "--dependency=singleton")
+def test_a_job_at_its_time_limit_puts_itself_in_the_queue_until_the_run_is_complete(
+    cluster: slurm.Cluster, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, 600)
     wait_for(tmp_path, "0: step ")
     cluster.run("scancel", "--signal=USR1", job)  # to every process of the step, as --signal=USR1@120 does
     wait_for(tmp_path, "stopped by signal 10 after step")
-    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=60) == "FAILED"  # torchrun's status after any signal
+    wait_for(tmp_path, "status 138: back in the queue to go on")
+    assert cluster.wait(job, "PENDING", seconds=60) == "PENDING"
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
     wait_for(tmp_path, "resumed at step")
-    cluster.run("scancel", following)
-    cluster.wait(following, "CANCELLED", seconds=60)
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=300) == "COMPLETED", (tmp_path / "log").read_text()
+    assert cluster.job(job)["Restarts"] == "1"
+    (journal,) = tmp_path.glob("runs/*/journal.jsonl")
+    ends = [record["status"] for record in map(json.loads, journal.read_text().splitlines()) if "status" in record]
+    assert ends == ["SCHEDULED", "FINISHED"]
+
+
+def test_a_mistake_is_not_queued_again(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, 0)
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "FAILED"
+    log = (tmp_path / "log").read_text()
+    assert "steps at least 1" in log and "status 2: not started again" in log
 
 
 def test_a_preempted_job_goes_on_by_itself(cluster: slurm.Cluster, tmp_path: Path) -> None:

@@ -137,7 +137,14 @@ def test_records_nobody_can_read_are_named_and_passed_over(tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     ("end", "status"),
-    [("FINISHED", "FINISHED"), ("killed", "KILLED"), ("FAILED", "FAILED"), ("what", "FAILED"), (None, "FAILED")],
+    [
+        ("FINISHED", "FINISHED"),
+        ("killed", "KILLED"),
+        ("FAILED", "FAILED"),
+        ("SCHEDULED", "SCHEDULED"),
+        ("what", "FAILED"),
+        (None, "FAILED"),
+    ],
 )
 def test_status_of_an_end(tmp_path: Path, end: str | None, status: str) -> None:
     state = State(end={"status": end, "reason": None, "time": 1.0}, died=2.0)
