@@ -1,15 +1,16 @@
 """What the training loop may ask of an engine, whichever it is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
-from mae_dist.model import MAE
+from mae_dist.model import MAE, MAEConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -112,3 +113,13 @@ class Engine(Protocol):
     def set_counters(self, counters: dict[str, Tensor]) -> None:
         """The opposite of `counters`; what another engine or precision has and this one has not is left out."""
         ...
+
+
+def joined(config: MAEConfig, device: torch.device, weight: Callable[[str], Tensor]) -> MAE:
+    """A plain model of its own memory, whose weights come from `weight(name)` one by one."""
+    with torch.device("meta"):
+        model = MAE(config)
+    model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weight(name))
+    return model

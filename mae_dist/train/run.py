@@ -12,7 +12,7 @@ import mae_dist
 from mae_dist.config import Config, flat
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
-from mae_dist.engine import Engine, NativeEngine, World, restore
+from mae_dist.engine import Engine, World, build_engine, restore
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import Journal
@@ -28,6 +28,7 @@ FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
+    "engine.name", "engine.zero_stage", "engine.offload", "engine.compile", "engine.compress_gradients",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
 ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window")
@@ -65,7 +66,7 @@ def _train(
     }
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
-    engine = NativeEngine(model, world, config.optim, config.train.precision, accumulate)
+    engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, config.train.keep_checkpoints)
     newest = checkpoints.newest()
     start = resume(config, newest, engine, meta) if newest else 0
