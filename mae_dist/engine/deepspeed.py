@@ -35,6 +35,8 @@ def load_deepspeed(world: World) -> Any:
             "engine.name ddp or fsdp"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Without this, a CPU run compiles an operation that only inference calls: minutes, and a compiler, for nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -102,13 +104,13 @@ class DeepSpeedEngine:
         self.update = Update(self.optimizer, world, optim, precision)
         self.optimizer.register_step_pre_hook(self._before_update)
         self.armed = True  # stage 3 begins with a step on zeros: unarmed, it would count
-        self.has_moments = False
         self.norm = torch.zeros((), device=world.device)
         self.engine: Any = deepspeed.initialize(
             model=LossOf(self.model, autocast(world.device, precision)),
             optimizer=self.optimizer,
             config=settings(stage, offload, precision, accumulate),
         )[0]
+        self._begin_moments()
 
     def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -123,7 +125,6 @@ class DeepSpeedEngine:
         if not self.armed:  # DeepSpeed itself found, on every rank, that the norm of the gradient is not finite
             self.norm, self.update.bad = torch.full_like(self.norm, torch.inf), torch.ones_like(self.norm)
             self.armed = True
-        self.has_moments = True
         return self.update.result(self.norm)
 
     def _before_update(self, *_: Any) -> None:
@@ -134,7 +135,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         else:
-            norm = self.engine.optimizer._global_grad_norm.to(self.world.device).reshape(())
+            norm = self.engine.optimizer._global_grad_norm.to(self.world.device, torch.float32).reshape(())
         self.norm = self.update.arm(norm)
         if self.offload:
             scale: Tensor | None = self.optimizer.grad_scale  # type: ignore[attr-defined]
@@ -153,7 +154,7 @@ class DeepSpeedEngine:
 
     def gather(self, name: str) -> Part:
         tensor, weight = self.tensors[name], self._weight(name)
-        if not (self.has_moments and tensor.requires_grad):
+        if not tensor.requires_grad:
             return Part(weight, None)
         if self.stage == 0:
             state = self.optimizer.state[tensor]
@@ -172,11 +173,8 @@ class DeepSpeedEngine:
         if not tensor.requires_grad:
             return
         self._set(tensor, weight, None)
-        if part.moments:
-            if not self.has_moments:
-                self._begin_moments()
-            for key, moment in zip(("exp_avg", "exp_avg_sq"), part.moments, strict=True):
-                self._set(tensor, moment.to(self.world.device), key)
+        for key, moment in zip(("exp_avg", "exp_avg_sq"), part.moments or (), strict=False):
+            self._set(tensor, moment.to(self.world.device), key)
 
     def _set(self, tensor: Any, value: Tensor, key: str | None) -> None:
         """Write AdamW's copy of a parameter (key None) or one of its moments: this rank's part of the whole `value`."""
@@ -194,7 +192,10 @@ class DeepSpeedEngine:
             setter(tensor, padded[size * self.world.rank :][:size], *([key] if key else []))
 
     def _begin_moments(self) -> None:
-        """AdamW's state as after `updates` steps, all zeros, for every tensor that it works on."""
+        """AdamW's state, its moments zero, for every tensor that it works on; to be filled by `put`.
+
+        Made here because DeepSpeed makes it late and, with two parameter groups, links only the first one's.
+        """
         zero: Any = self.engine.optimizer
         flat = self.trained
         if self.stage:
@@ -206,11 +207,10 @@ class DeepSpeedEngine:
         if self.stage in (1, 2):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
-        self.has_moments = True
 
     def counters(self) -> dict[str, Tensor]:
         return self.update.counters()
 
     def set_counters(self, counters: dict[str, Tensor]) -> None:
         self.update.set_counters(counters)
-        self.has_moments = False  # a checkpoint brings them
+        self._begin_moments()
