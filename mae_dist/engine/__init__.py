@@ -7,5 +7,13 @@ from mae_dist.engine.state import capture, load_weights, restore
 from mae_dist.engine.world import World
 
 __all__ = [
-    "Engine", "EngineConfig", "OptimConfig", "StepResult", "World", "build_engine", "capture", "load_weights", "restore",
-]  # fmt: skip
+    "Engine",
+    "EngineConfig",
+    "OptimConfig",
+    "StepResult",
+    "World",
+    "build_engine",
+    "capture",
+    "load_weights",
+    "restore",
+]

@@ -1,8 +1,8 @@
 """DeepSpeed: ZeRO cuts the moments (stage 1), gradients too (2), weights too (3) over the ranks; 0 cuts nothing.
 
-DeepSpeed reduces, cuts and gathers. Loss scaling, clipping and skipping are `Update`'s, as in every engine: DeepSpeed is
-told of float32 without clipping and calls our AdamW, which was handed divisor and flag. So a bad number moves nothing at
-any stage and precision, also where DeepSpeed does not look. Its own checkpoints are not used.
+DeepSpeed reduces, cuts and gathers. Loss scaling, clipping and skipping are `Update`'s, as in every engine: DeepSpeed
+is told of float32 without clipping, and calls our AdamW, which was handed divisor and flag. So a bad number moves
+nothing at any stage and precision, also where DeepSpeed does not look. Its own checkpoints are not used.
 """
 
 import logging

@@ -5,15 +5,15 @@ from typing import Literal
 
 from mae_dist.errors import UserError
 
-NO_COMPILE_AT = 3  # ZeRO stage whose hooks around every module leave the compiler nothing to fuse
+OWNERS = {"zero_stage": "deepspeed", "offload": "deepspeed", "compress_gradients": "ddp"}
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How one step runs over many devices. A run may go on with another engine: the curve is the same to float error."""
+    """How one step runs over many devices. A run may go on with another engine: the same curve, to float error."""
 
     name: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
-    """ddp: one replica a process. deepspeed: ZeRO. fsdp: FSDP2, weights, gradients and moments cut over the processes."""
+    """ddp: a replica in each process. deepspeed: ZeRO. fsdp: FSDP2, which cuts weights, gradients and moments."""
     zero_stage: int = 2
     """deepspeed: what is cut over the processes. 0: nothing, 1: the moments, 2: gradients too, 3: weights too."""
     offload: bool = False
@@ -27,12 +27,10 @@ class EngineConfig:
         """Raise UserError for an option of another engine."""
         if self.zero_stage not in range(4):
             raise UserError(f"engine.zero_stage: {self.zero_stage}: write 0, 1, 2 or 3")
-        for key, default, owner in (("zero_stage", 2, "deepspeed"), ("offload", False, "deepspeed")) + (
-            ("compress_gradients", False, "ddp"),
-        ):
-            if getattr(self, key) != default and self.name != owner:
+        for key, owner in OWNERS.items():
+            if getattr(self, key) != getattr(EngineConfig, key) and self.name != owner:
                 raise UserError(f"engine.{key}: is an option of engine.name {owner}, not of {self.name}; leave it out")
         if self.offload and self.zero_stage == 0:
             raise UserError("engine.offload: needs engine.zero_stage 1, 2 or 3 (stage 0 leaves AdamW as it is)")
-        if self.compile and self.name == "deepspeed" and self.zero_stage == NO_COMPILE_AT:
+        if self.compile and self.name == "deepspeed" and self.zero_stage == 3:  # hooks around every module
             raise UserError("engine.compile: not with engine.zero_stage 3; write zero_stage 2, or engine.name fsdp")

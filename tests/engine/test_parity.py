@@ -96,7 +96,11 @@ def test_accumulation_is_a_larger_batch_on_every_engine(out):
     ways = ["32", "4x8", "2x16", "2x2x8"]
     reference = found["ddp"]["32"]
     print("\n10 steps of 32 images: one process at once, 4 x 8; two processes x 16, x 2 x 8")
-    print("largest relative difference of the loss from DDP at once\n" + f"{'engine':<16}" + "".join(f"{w:>10}" for w in ways))
+    print(
+        "largest relative difference of the loss from DDP at once\n"
+        + f"{'engine':<16}"
+        + "".join(f"{w:>10}" for w in ways)
+    )
     for label in HAVE:
         worst = [difference(found[label][way], reference) for way in ways]
         print(f"{label:<16}" + "".join(f"{value:>10.1e}" for value in worst))
