@@ -53,16 +53,17 @@ class NativeEngine:
             self.update.scaled(loss).backward()
 
     def _prime(self, images: Tensor, noise: Tensor) -> None:
-        """Spend a process's first pass.
+        """Throw away a process's first passes.
 
-        DDP cuts its buckets anew after it, in the order in which gradients were ready, and with them changes the order
-        of addition over more than two ranks. Thrown away, it makes a resumed run equal to the undisturbed one.
+        DDP notes in which order gradients are ready and then cuts its buckets anew, which changes the order of addition
+        over more than two ranks. Done before the first step, a resumed run is equal to the undisturbed one.
         """
         self.primed = True
-        with self.autocast:
-            loss = self.ddp(images, noise).loss
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(2 if self.ddp.static_graph else 1):  # a static graph's first pass only counts
+            with self.autocast:
+                loss = self.ddp(images, noise).loss
+            loss.backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:

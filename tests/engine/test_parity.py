@@ -114,7 +114,7 @@ def test_every_engine_goes_on_from_every_engines_checkpoint(out, processes):
     assert len(found) == len(HAVE) ** 2
     for pair, (whole, curve) in found.items():
         assert whole, pair
-        assert difference(curve, fixed[10:13]) <= 1e-5, pair
+        assert difference(curve, fixed[10:12]) <= 1e-5, pair
 
 
 def test_three_changes_of_world_size_keep_the_curve(out):
@@ -137,9 +137,9 @@ def test_a_resumed_run_is_equal_bit_for_bit(out, label):
 @pytest.mark.parametrize("processes", [3, 4])
 def test_so_it_is_with_more_than_two_ranks(tmp_path, processes):
     """Where the order of addition counts: DDP's buckets are laid before the first step, in each process."""
-    launch("curves", tmp_path, processes, PLAIN)
-    again = launch("again", tmp_path, processes, PLAIN)
-    assert again == dict.fromkeys(PLAIN, True)
+    launch("twice", tmp_path, processes, PLAIN)
+    again = launch("twice_again", tmp_path, processes, PLAIN)
+    assert again == {f"{label} {accumulate}": True for label in PLAIN for accumulate in (1, 2)}
 
 
 def test_compiled_blocks_have_the_same_curve(tmp_path):

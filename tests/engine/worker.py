@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mae_dist.engine import EngineConfig, OptimConfig, World, build_engine, capture, restore
@@ -30,10 +31,12 @@ ENGINES = {
     "zero-3 offload": EngineConfig("deepspeed", 3, offload=True),
 }
 BATCH, STEPS, SAVED, LATER = 24, 30, 10, 20
+LINEAR = F.linear
 OPTIM = OptimConfig(clip_grad=2.0)  # some gradients are above, some below
 
 
 def build(label, world, precision="fp32", accumulate=1, optim=OPTIM):
+    F.linear = LINEAR  # stage 3 replaces it in the whole process, where no other engine is meant to follow
     torch.manual_seed(0)
     return build_engine(ENGINES[label], MAE(MODEL), world, optim, precision, accumulate)
 
@@ -107,6 +110,28 @@ def curves(labels, world, out):
     return found
 
 
+def twice(labels, world, out):
+    """The two checkpoints of `curves` alone, whole and accumulated over two micro-batches."""
+    for label in labels:
+        for accumulate in (1, 2):
+            engine = build(label, world, accumulate=accumulate)
+            for first, last in ((0, SAVED), (SAVED, LATER)):
+                advance(engine, first, last)
+                save(engine, place(out, f"{label} {accumulate}", last, world.size))
+
+
+def twice_again(labels, world, out):
+    """What `again` does, for the checkpoints of `twice`."""
+    found = {}
+    for label in labels:
+        for accumulate in (1, 2):
+            engine = build(label, world, accumulate=accumulate)
+            restore(engine, place(out, f"{label} {accumulate}", SAVED, world.size))
+            advance(engine, SAVED, LATER)
+            found[f"{label} {accumulate}"] = holds(engine, place(out, f"{label} {accumulate}", LATER, world.size))
+    return found
+
+
 def skips(labels, world, out):
     """What a bad number on the last rank does, in the first of two micro-batches, or in the loss alone."""
     found = {}
@@ -146,14 +171,14 @@ def cut(labels, world, out):
 
 
 def cross(labels, world, out):
-    """Every engine goes on three steps from every engine's checkpoint of two ranks."""
+    """Every engine goes on two steps from every engine's checkpoint of two ranks."""
     found = {}
     for label in labels:
         engine = build(label, world)
         for source in labels:
             restore(engine, place(out, source, SAVED, 2))
             whole = holds(engine, place(out, source, SAVED, 2))
-            found[f"{source} to {label}"] = [whole, advance(engine, SAVED, SAVED + 3)]
+            found[f"{source} to {label}"] = [whole, advance(engine, SAVED, SAVED + 2)]
     return found
 
 
@@ -198,6 +223,8 @@ PHASES = {
     "cut": cut,
     "cross": cross,
     "again": again,
+    "twice": twice,
+    "twice_again": twice_again,
     "compiled": compiled,
     "chain-1": lambda *a: chain(*a, first=10, last=15, before=2),
     "chain-3": lambda *a: chain(*a, first=15, last=20, before=1),
@@ -212,7 +239,7 @@ def main() -> None:
     if any(label.startswith("zero") for label in labels):
         from mae_dist.engine import deepspeed
 
-        deepspeed.PERSISTENT = 500  # so that stage 3 has something to gather in so small a model
+        deepspeed.PERSISTENT = 2000  # so that stage 3 has something to gather in so small a model
         deepspeed.BUCKET = 20_000  # and every stage several buckets
     for phase in phases:
         result = PHASES[phase](labels, world, out)
