@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,11 @@ def test_zero_3_on_two_processes_then_fsdp_alone(shards, plain, tmp_path):
 @needs_deepspeed
 @pytest.mark.skipif(not shutil.which("deepspeed", path=Path(sys.executable).parent), reason="no deepspeed launcher")
 def test_under_the_launcher_of_deepspeed(shards, plain, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_gpus=2", "--no_ssh_check"]
-    launcher += ["--master_addr=127.0.0.1", "--master_port=0", "--module", "mae_dist"]
+    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--module", "mae_dist"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [*launcher, *arguments(shards, tmp_path, 3, "--engine.name=deepspeed")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
