@@ -32,7 +32,7 @@ class FSDPEngine:
         for block in [*self.model.encoder.blocks, *self.model.dec_blocks[:-1]]:
             fully_shard(block, mesh=self.mesh)
         fully_shard(self.model, mesh=self.mesh)
-        self.tensors: dict[str, DTensor] = self.model.state_dict(keep_vars=True)
+        self.tensors: dict[str, Any] = self.model.state_dict(keep_vars=True)
         groups = param_groups(self.model, optim.weight_decay)
         self.sharded: list[Any] = [p for group in groups for p in group["params"]]
         self.pieces = {id(p): p.detach().to_local() for p in self.sharded}
@@ -62,7 +62,7 @@ class FSDPEngine:
         return joined(self.model.config, self.world.device, lambda name: self.tensors[name].detach().full_tensor())
 
     def gather(self, name: str) -> Part:
-        tensor = self.tensors[name].detach()
+        tensor: Any = self.tensors[name].detach()
         piece = self.pieces.get(id(self.tensors[name]))
         state = self.optimizer.state.get(piece) if piece is not None else None
         return Part(
@@ -70,7 +70,7 @@ class FSDPEngine:
             (self._join(tensor, state["exp_avg"]), self._join(tensor, state["exp_avg_sq"])) if state else None,
         )
 
-    def _join(self, like: DTensor, piece: Tensor) -> Tensor:
+    def _join(self, like: Any, piece: Tensor) -> Tensor:
         """The whole of what is cut as `like` is."""
         return DTensor.from_local(
             piece, self.mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
