@@ -26,15 +26,16 @@ ENV PATH=/opt/mae_dist/bin:$PATH PIP_NO_CACHE_DIR=1
 WORKDIR /src
 # First the dependencies by themselves: a change of our source does not install torch again.
 COPY pyproject.toml ./
-RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["demo"], sep="\n")' > requirements.txt \
+RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["demo"], *p["optional-dependencies"]["deepspeed"], sep="\n")' > requirements.txt \
     && pip install -r requirements.txt
 COPY README.md LICENSE ./
 COPY mae_dist mae_dist
 RUN pip install --no-deps . && pip check
 
 FROM ${BASE_IMAGE}
+# g++ and Python's headers: for engine.compile
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/* \
+RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-dev g++ && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --home-dir /home/mae --create-home mae
 COPY --from=build /opt/mae_dist /opt/mae_dist
 WORKDIR /home/mae

@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.step import keep_memory, machine
 from mae_dist import config as configs
-from mae_dist.engine import NativeEngine, World
+from mae_dist.engine import World
+from mae_dist.engine.native import NativeEngine
 from mae_dist.model import MAE
 from mae_dist.train.checkpoint import Checkpoints, committed, problems
 from mae_dist.train.saving import Saver

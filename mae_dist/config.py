@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser
 
 from mae_dist.data.options import DataConfig
 from mae_dist.engine.base import OptimConfig
+from mae_dist.engine.options import EngineConfig
 from mae_dist.errors import UserError
 from mae_dist.model import MAEConfig
 from mae_dist.track import TrackConfig
@@ -34,6 +35,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def check(self) -> None:
@@ -42,6 +44,7 @@ class Config:
         self.data.check(self.model.in_chans)
         self.optim.check()
         self.train.check()
+        self.engine.check()
         if self.data.mode == "webdataset" and not self.data.epoch_size and not self.train.steps:
             raise UserError(
                 "data.epoch_size: not set, and a list of shards does not say how many images it holds; "

@@ -1,17 +1,19 @@
 """How one step runs over many devices."""
 
 from mae_dist.engine.base import Engine, OptimConfig, StepResult
-from mae_dist.engine.native import NativeEngine
+from mae_dist.engine.build import build_engine
+from mae_dist.engine.options import EngineConfig
 from mae_dist.engine.state import Snapshot, capture, load_weights, restore
 from mae_dist.engine.world import World
 
 __all__ = [
     "Engine",
-    "NativeEngine",
+    "EngineConfig",
     "OptimConfig",
     "Snapshot",
     "StepResult",
     "World",
+    "build_engine",
     "capture",
     "load_weights",
     "restore",

@@ -1,15 +1,16 @@
 """What the training loop may ask of an engine, whichever it is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
-from mae_dist.model import MAE
+from mae_dist.model import MAE, MAEConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -84,8 +85,11 @@ class Engine(Protocol):
     """Of every entry of `MAE.state_dict()`, in its order, whole."""
     autocast: AbstractContextManager[Any]
     """The training precision, for evaluation."""
-    loss: Tensor
-    """() float32: mean over this rank's samples of the global batch under way."""
+
+    @property
+    def loss(self) -> Tensor:
+        """() float32: mean over this rank's samples of the global batch under way."""
+        ...
 
     def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
         """One micro-batch: images (B, C, H, W) float32, noise (B, N) float32. Gradients are reduced on the `last`."""
@@ -117,3 +121,13 @@ class Engine(Protocol):
     def set_counters(self, counters: dict[str, Tensor]) -> None:
         """The opposite of `counters`; what another engine or precision has and this one has not is left out."""
         ...
+
+
+def joined(config: MAEConfig, device: torch.device, weight: Callable[[str], Tensor]) -> MAE:
+    """A plain model of its own memory, whose weights come from `weight(name)` one by one."""
+    with torch.device("meta"):
+        model = MAE(config)
+    model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weight(name))
+    return model

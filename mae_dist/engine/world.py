@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from mae_dist.errors import UserError
 
@@ -45,6 +46,12 @@ class World:
             dist.init_process_group(backend, timeout=START_TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
         return World(rank, size, chosen)
 
+    def connect(self) -> None:
+        """Make sure that there is a process group, which DeepSpeed and FSDP2 want even for a process alone."""
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=START_TIMEOUT)
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -53,7 +60,8 @@ class World:
     def node(self) -> range:
         """On the first rank of each node: the ranks of this node, for what is done once a node. Elsewhere: empty."""
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        return range(self.rank, self.rank + int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if first else self.rank)
+        size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of torchrun or deepspeed
+        return range(self.rank, self.rank + int(size) if first else self.rank)
 
     def set_timeout(self, seconds: float) -> None:
         """How long a collective waits for the others from now on. A rank that waited longer raises, or ends (NCCL)."""

@@ -15,7 +15,7 @@ import mae_dist
 from mae_dist.config import Config, flat
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
-from mae_dist.engine import Engine, NativeEngine, World, restore
+from mae_dist.engine import Engine, World, build_engine, restore
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import FILE_NAME, Journal, read
@@ -36,6 +36,7 @@ FREE = {
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints", "train.keep_every",
     "train.max_skipped", "train.accept_changes", "train.timeout", "train.watchdog",
+    "engine.name", "engine.zero_stage", "engine.offload", "engine.compile", "engine.compress_gradients",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
 ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window", "data.repeated_aug")
@@ -84,7 +85,7 @@ def _train(
     }
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
-    engine = NativeEngine(model, world, config.optim, config.train.precision, accumulate)
+    engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
     keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
     checkpoints = Checkpoints(run_dir / "checkpoints", world, keep, keep_every)
     newest = checkpoints.newest()

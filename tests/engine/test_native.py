@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from mae_dist.engine import NativeEngine, OptimConfig, World, capture, load_weights, restore
+from mae_dist.engine import OptimConfig, World, capture, load_weights, restore
 from mae_dist.engine.base import param_groups
+from mae_dist.engine.native import NativeEngine
 from mae_dist.engine.state import shares
 from mae_dist.errors import UserError
 from mae_dist.model import MAE, MAEConfig
@@ -138,12 +139,12 @@ def test_a_veto_moves_nothing(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_fp16_scales_and_recovers_from_overflow(device):
     e, (images, noise) = engine(device, "fp16"), batch(device=device)
-    e.loss_scale.fill_(2.0**40)  # overflows float16 gradients
+    e.update.loss_scale.fill_(2.0**40)  # overflows float16 gradients
     scales = []
     for _ in range(40):
         e.forward_backward(images, noise, last=True)
         result = e.step(1e-3)
-        scales.append((float(result.skipped), float(e.loss_scale)))
+        scales.append((float(result.skipped), float(e.update.loss_scale)))
     assert scales[0] == (1.0, 2.0**39)
     assert scales[-1][0] == 0.0
     assert all(torch.isfinite(value).all() for value in weights(e).values())
@@ -172,7 +173,7 @@ def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
             e.step(1e-3)
     assert same(weights(through), weights(second))
     if precision == "fp16":
-        assert through.loss_scale == second.loss_scale and through.good_steps == second.good_steps
+        assert through.counters() == second.counters()
 
 
 def test_a_snapshot_is_left_alone_by_later_steps(tmp_path):
