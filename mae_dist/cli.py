@@ -227,16 +227,25 @@ def import_(arguments: Sequence[str]) -> int:
 
 
 def reconstruct(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction.")
+    parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction | visible pasted.")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
+    parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches to hide (the run's own)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the masks; each makes a row (%(default)s)")
+    parser.add_argument("--features", type=Path, metavar="FILE",
+                        help="a second picture: the patch features, three principal components as colours")  # fmt: skip
     given = parser.parse_args(arguments)
-    from mae_dist.evaluate.reconstruct import reconstruct as draw
+    from mae_dist.evaluate.reconstruct import NORM_PIX, Viewer
 
-    draw(given.run, given.images, given.out, given.seed)
+    viewer = Viewer(given.run, given.images, given.mask_ratio)
+    viewer.reconstruction(given.seed).save(given.out)
     print(given.out)
+    if given.features:
+        viewer.features().save(given.features)
+        print(given.features)
+    if viewer.config.model.norm_pix_loss:
+        print(NORM_PIX)
     return 0
 
 

@@ -12,7 +12,6 @@ from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.data.loader import Batch, ImageStream
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World, capture
-from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
 from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.health import check_skipped
@@ -97,7 +96,7 @@ def train(run: Run) -> None:
 
 
 def noise_of(batch: Batch, run: Run) -> Tensor:
-    return mask_noise(run.config.train.seed, batch.epochs, batch.ids, run.config.model.num_patches)
+    return run.config.model.noise(run.config.train.seed, batch.epochs, batch.ids)
 
 
 def save(run: Run, done: int) -> None:
