@@ -282,6 +282,7 @@ def main() -> None:
         parser.error("nothing to compare with: write --official DIR, --huggingface or both")
     ways, config = build(args)
     table = first_pass(ways, batch_of(0, args, config))
+    print(f"first pass: {table}", file=sys.stderr, flush=True)
     losses = curves(ways, args, config)
     equal = True
     for name, row in table.items():
