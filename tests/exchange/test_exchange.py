@@ -1,17 +1,16 @@
 """Exports load in the library they are for as their card says, and come back as they were."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from benchmarks.reload import differences
 from mae_dist.config import Config
 from mae_dist.data.options import DataConfig
 from mae_dist.errors import UserError
@@ -47,11 +46,6 @@ def run(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("runs"))
 
 
-def card_code(card: Path) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
-    return code
-
-
 @pytest.mark.parametrize("to", TARGETS)
 def test_there_and_back_is_exact(run, to, tmp_path):
     export(run, to, tmp_path / "there")
@@ -71,37 +65,9 @@ def test_there_and_back_is_exact(run, to, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"img_size": (16, 40), "in_chans": 1, "mean": (0.5,)}], ids=["plain", "wide"])
 def test_a_fresh_process_loads_them_as_the_cards_say(settings, tmp_path):
     pytest.importorskip("transformers")
-    run = make(tmp_path, **settings)
-    mae = load(run)
     targets = ("timm", "huggingface-vit", *(() if settings else ("huggingface",)))
-    images = torch.randn(2, mae.config.in_chans, *mae.config.height_width)
-    noise = torch.rand(2, mae.config.num_patches)
-    save_file({"images": images, "noise": noise}, tmp_path / "given.safetensors")
-    script = (
-        "from safetensors.torch import load_file, save_file\nimport torch\ntorch.set_grad_enabled(False)\nout = {}\n"
-    )
-    script += "images, noise = (load_file('given.safetensors')[k] for k in ('images', 'noise'))\n"
-    for to in targets:
-        export(run, to, tmp_path / to)
-        code = card_code(tmp_path / to / "README.md").replace("loss = model(images).loss", "")
-        script += f"{code}\nmodel.eval()\n"
-        if to == "huggingface":
-            script += "out['loss'] = model(images, noise=noise).loss.reshape(1)\n"
-        else:
-            last = code.strip().splitlines()[-1]
-            script += f"{last}\nout['{to}'] = features.contiguous()\n"
-    script += "save_file(out, 'out.safetensors')\n"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = load_file(tmp_path / "out.safetensors")
-    with torch.no_grad():
-        features = mae.encode(images)
-        for to in targets:
-            mine = mae(images, noise).loss.reshape(1) if to == "huggingface" else features
-            torch.testing.assert_close(out["loss" if to == "huggingface" else to], mine, rtol=0, atol=1e-5)
+    found = differences(make(tmp_path, **settings), targets, tmp_path)
+    assert found.keys() == set(targets) and all(difference < 1e-5 for difference in found.values()), found
 
 
 def test_the_card_says_what_it_is(run, tmp_path):
