@@ -298,7 +298,10 @@ def main() -> None:
         shown.insert(2, "equal" if row["mask equal"] else "DIFFER")
         print(f"| {name} | " + " | ".join(shown) + " |")
     if args.out:
-        report = {"settings": {k: str(v) for k, v in vars(args).items()}, "table": table, "losses": losses}
+        names = ("model", "raw_pixels", "batch", "steps")
+        settings = {name: getattr(args, name) for name in names}
+        settings["images"] = "photographs" if args.images else "random"
+        report = {"settings": settings, "table": table, "losses": losses}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(0 if equal else 1)
 
