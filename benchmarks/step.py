@@ -4,6 +4,7 @@
 - paper: as the original code does its work: gather before the encoder, then unshuffle, every decoder block and the
   head on every token, the loss on every patch and masked.
 - ours: `mae_dist.model.MAE`.
+- ours_R, with `--predict-ratio R`: the same with `model.predict_ratio` R: that part of the masked patches is decoded.
 
 All three have the same weights, images, masks, attention kernels, precision and optimizer; a step is forward, backward
 and AdamW. They take turns within each round, so a busy machine slows all of them alike; where the median ratio and the
@@ -14,6 +15,7 @@ ratio of the best rounds are far apart, it was too busy to measure.
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import platform
 import shlex
@@ -104,7 +106,9 @@ def gather(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def build(way: str, config: MAEConfig, weights: dict[str, Tensor], device: str) -> tuple[nn.Module, Any]:
-    model = MAE(config) if way == "ours" else PlainMAE(config, encode_all=way == "all_patches")
+    if way.startswith("ours_"):
+        config = dataclasses.replace(config, predict_ratio=float(way.removeprefix("ours_")))
+    model = MAE(config) if way.startswith("ours") else PlainMAE(config, encode_all=way == "all_patches")
     model.load_state_dict(weights)
     model.to(device).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -121,6 +125,23 @@ def train_step(model: nn.Module, optimizer: Any, images: Tensor, noise: Tensor, 
     return loss.detach()
 
 
+def saved_megabytes(model: nn.Module, images: Tensor, noise: Tensor) -> float:
+    """What a forward pass keeps for the backward pass, weights left out: the memory that grows with the batch."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(images, noise)  # alive to the end, so that no address is used twice
+    del output
+    return sum(kept.values()) / 1e6
+
+
 def measure(config: MAEConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Images a second of each way and round, in turns; checks first that `paper` and `ours` compute the same loss."""
     device, cuda = args.device, args.device == "cuda"
@@ -128,17 +149,20 @@ def measure(config: MAEConfig, args: argparse.Namespace) -> dict[str, Any]:
     weights = MAE(config).state_dict()
     images = torch.randn(args.batch, config.in_chans, *config.height_width, device=device)
     noise = torch.rand(args.batch, config.num_patches, device=device)
-    built: dict[str, Any] = {way: build(way, config, weights, device) for way in WAYS}
-    speed: dict[str, list[float]] = {way: [] for way in WAYS}
-    losses, gflop = {}, {}
+    extra = (f"ours_{args.predict_ratio:g}",) if args.predict_ratio else ()
+    ways = args.ways + extra
+    built: dict[str, Any] = {way: build(way, config, weights, device) for way in ways}
+    speed: dict[str, list[float]] = {way: [] for way in ways}
+    losses, gflop, saved = {}, {}, {}
     for way, (model, optimizer) in built.items():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images[:1], noise[:1])
         gflop[way] = counter.get_total_flops() / 1e9
+        saved[way] = saved_megabytes(model, images[:1], noise[:1])
         losses[way] = float(train_step(model, optimizer, images, noise, args.precision == "bf16"))
         for _ in range(args.warmup - 1):
             train_step(model, optimizer, images, noise, args.precision == "bf16")
-    if abs(losses["paper"] - losses["ours"]) > (2e-2 if args.precision == "bf16" else 1e-5):
+    if "paper" in losses and abs(losses["paper"] - losses["ours"]) > (2e-2 if args.precision == "bf16" else 1e-5):
         raise SystemExit(f"paper and ours disagree: {losses}")
     for _ in range(args.rounds):
         for way, (model, optimizer) in built.items():
@@ -150,7 +174,8 @@ def measure(config: MAEConfig, args: argparse.Namespace) -> dict[str, Any]:
             if cuda:
                 torch.cuda.synchronize()
             speed[way].append(args.steps * args.batch / (time.perf_counter() - start))
-    pairs = [("paper", "all_patches"), ("ours", "all_patches"), ("ours", "paper")]
+    pairs = [("paper", "all_patches"), ("ours", "all_patches"), ("ours", "paper"), *((way, "ours") for way in extra)]
+    pairs = [pair for pair in pairs if speed.keys() >= set(pair)]
     ratios = {f"{a}/{b}": statistics.median(x / y for x, y in zip(speed[a], speed[b], strict=True)) for a, b in pairs}
     best = {f"{a}/{b}": max(speed[a]) / max(speed[b]) for a, b in pairs}
     medians = {way: statistics.median(values) for way, values in speed.items()}
@@ -160,6 +185,7 @@ def measure(config: MAEConfig, args: argparse.Namespace) -> dict[str, Any]:
         "ratios_of_best_rounds": best,
         "rounds": speed,
         "forward_gflop_per_image": gflop,
+        "saved_megabytes_per_image": saved,
         "first_loss": losses,
     }
 
@@ -195,10 +221,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps a way and round (1 on cpu, 10 on cuda)")
     parser.add_argument("--warmup", type=int, help="steps before the first round (3 on cpu, 5 on cuda)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to measure (all)")
+    parser.add_argument("--predict-ratio", type=float, metavar="R", help="measure ours with model.predict_ratio R too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
+    args.ways = tuple(args.ways)
     args.steps = args.steps or (10 if args.device == "cuda" else 1)
     args.warmup = args.warmup or (5 if args.device == "cuda" else 3)
 
@@ -211,18 +240,16 @@ def main() -> None:
         "decoders": {},
     }
     print(f"{args.model}, batch {args.batch}, {args.precision}, {report['machine']}")
-    print(
-        f"{'decoder':<11}"
-        + "".join(f"{way:>13}" for way in WAYS)
-        + "   median images/s; median ratio (ratio of best rounds)"
-    )
     for name, decoder in DECODERS.items():
         config = MAEConfig(enc_name=args.model, patch_size=args.patch_size, norm_pix_loss=True, **decoder)
         result = measure(config, args)
         report["decoders"][name] = result
-        speeds = "".join(f"{result['images_per_s'][way]:>13.2f}" for way in WAYS)
         best = result["ratios_of_best_rounds"]
-        print(f"{name:<11}{speeds}   " + ", ".join(f"{k} {v:.2f} ({best[k]:.2f})" for k, v in result["ratios"].items()))
+        print(f"{name}: median ratio (ratio of best rounds) of images/s: "
+              + ", ".join(f"{k} {v:.2f} ({best[k]:.2f})" for k, v in result["ratios"].items()))  # fmt: skip
+        for way, speed in result["images_per_s"].items():
+            gflop, saved = result["forward_gflop_per_image"][way], result["saved_megabytes_per_image"][way]
+            print(f"  {way:<12}{speed:>8.2f} images/s {gflop:>8.2f} GFLOP forward {saved:>8.1f} MB saved, an image")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -22,6 +22,8 @@ USAGE = """usage: mae-dist COMMAND ...
   info         what is in a directory of shards, with a contact sheet if wanted
   pretrain     shards -> a pretrained encoder (alone, or on every process that torchrun starts)
   knn          k-NN accuracy of a run's frozen encoder, beside raw pixels and the untrained encoder
+  export       a run's weights -> the files of facebookresearch/mae, timm or Hugging Face
+  import       their weights -> a run, for knn, reconstruct and going on with pretraining
   reconstruct  a picture of what a run's model makes of masked images
   sync         copy what MLflow has not got yet of a run's journal
   demo         all of it, in minutes, on images that come with scikit-learn
@@ -176,17 +178,75 @@ def knn(arguments: Sequence[str]) -> int:
     return 0
 
 
+def size(text: str) -> int | tuple[int, int]:
+    """`224` -> 224, `224x160` -> (224, 160)."""
+    sides = tuple(map(int, text.split("x")))
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def export(arguments: Sequence[str]) -> int:
+    from mae_dist.exchange import TARGETS
+    from mae_dist.exchange import export as write
+
+    parser = Parser("mae-dist export", description="Write a run's weights for another library, with a model card.")
+    parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="which library's layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH",
+                        help="a new directory, or a file: .pth for official; .safetensors, .pth for timm")  # fmt: skip
+    parser.add_argument("--img-size", type=size, metavar="N", help="resize the positions for N or HxW pixels")
+    given = parser.parse_args(arguments)
+    for note in write(given.run, given.to, given.out, given.img_size):
+        print(note)
+    print(given.out)
+    return 0
+
+
+def import_(arguments: Sequence[str]) -> int:
+    from mae_dist.exchange import SOURCES, import_run
+
+    parser = Parser("mae-dist import", description="Make a run of weights that another project trained.")
+    parser.add_argument("file", type=Path, help=".pth, .safetensors, or a Hugging Face directory")
+    parser.add_argument("--from", dest="source", required=True, choices=SOURCES, help="whose layout it is")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run's directory: runs/NAME")
+    resize = "resize the positions for N or HxW pixels"
+    parser.add_argument("--img-size", type=size, dest="resize", metavar="N", help=resize)
+    known = (  # what no tensor tells
+        parser.add_argument("--enc-heads", type=int, metavar="N", help="attention heads (by the encoder's width)"),
+        parser.add_argument("--dec-heads", type=int, metavar="N", help="attention heads (by the decoder's width)"),
+        parser.add_argument("--norm-pix", dest="norm_pix_loss", action=argparse.BooleanOptionalAction,
+                            help="whether the decoder predicts normalised pixels (true)"),
+        parser.add_argument("--mask-ratio", type=float, metavar="R", help="it was trained with (0.75)"),
+        parser.add_argument("--trained-size", dest="img_size", type=size, metavar="HxW",
+                            help="pixels, when the positions are no square"),
+    )  # fmt: skip
+    given = vars(parser.parse_args(arguments))
+    told = {action.dest: given[action.dest] for action in known if given[action.dest] is not None}
+    for note in import_run(given["file"], given["source"], given["out"], told, given["resize"]):
+        print(note)
+    print(given["out"])
+    return 0
+
+
 def reconstruct(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction.")
+    parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction | visible pasted.")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("images", nargs="+", help="image files, or directories of shards; local or URLs")
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
+    parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches to hide (the run's own)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the masks; each makes a row (%(default)s)")
+    parser.add_argument("--features", type=Path, metavar="FILE",
+                        help="a second picture: the patch features, three principal components as colours")  # fmt: skip
     given = parser.parse_args(arguments)
-    from mae_dist.evaluate.reconstruct import reconstruct as draw
+    from mae_dist.evaluate.reconstruct import NORM_PIX, Viewer
 
-    draw(given.run, given.images, given.out, given.seed)
+    viewer = Viewer(given.run, given.images, given.mask_ratio)
+    viewer.reconstruction(given.seed).save(given.out)
     print(given.out)
+    if given.features:
+        viewer.features().save(given.features)
+        print(given.features)
+    if viewer.config.model.norm_pix_loss:
+        print(NORM_PIX)
     return 0
 
 
@@ -224,6 +284,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "info": info,
     "pretrain": pretrain,
     "knn": knn,
+    "export": export,
+    "import": import_,
     "reconstruct": reconstruct,
     "sync": sync,
     "demo": demo,

@@ -3,7 +3,8 @@
 - "mae_dist": `MAE.state_dict()`; the encoder's keys are timm's with `encoder.` in front.
 - "official": facebookresearch/mae; the encoder's keys at the top level, the decoder's begin with `decoder_`.
 - "huggingface": ViTMAEForPreTraining as released checkpoints have it; query, key and value are three matrices.
-- "timm": the encoder alone, as `timm.create_model(name, num_classes=0)` loads it.
+- "huggingface-vit": the encoder alone, as ViTModel has it.
+- "timm": the encoder alone, as `timm.create_model(name, num_classes=0)` loads it and facebookresearch/mae releases it.
 """
 
 import re
@@ -69,30 +70,44 @@ HF_READ_ONLY: Rules = (
     *_blocks((("encoder.blocks.#.", "vit.layers.#."), ("dec_blocks.#.", "decoder.decoder_layers.#.")), HF_LEAVES_5_9),
     *_blocks((("dec_blocks.#.", "decoder.decoder_encoder.layer.#."),), HF_LEAVES),  # what 5.23 writes to disk
 )
+
+
+def _bare(rules: Rules) -> Rules:
+    """The encoder's names without `vit.`, which ViTModel has not."""
+    return tuple((ours, theirs.removeprefix("vit.")) for ours, theirs in rules if theirs.startswith("vit."))
+
+
 LAYOUTS: dict[str, Rules] = {
     "mae_dist": tuple((ours, ours) for ours, _ in OFFICIAL),
     "official": OFFICIAL,
     "huggingface": HUGGINGFACE,
+    "huggingface-vit": _bare(HUGGINGFACE),
     "timm": TIMM,
 }
+READ_ONLY: dict[str, Rules] = {  # names that are read, and never written
+    "huggingface": HF_READ_ONLY,
+    "huggingface-vit": (*_bare(HF_READ_ONLY), *HUGGINGFACE, *HF_READ_ONLY),  # a ViTForImageClassification has `vit.`
+}
+ENCODER_ONLY = ("timm", "huggingface-vit")
 
 
 def convert(state_dict: Mapping[str, Tensor], source: str, target: str = "mae_dist") -> dict[str, Tensor]:
     """Translate a state dict between layouts; see the module's text for their names.
 
-    A checkpoint of the encoder alone stays one; "timm" as target drops the decoder. Tensors that need no change are
-    shared with the input. Raises UserError for an unknown layout or key, or a key the target has no place for.
+    A checkpoint of the encoder alone stays one; "timm" and "huggingface-vit" as targets drop the decoder. Tensors that
+    need no change are shared with the input. Raises UserError for an unknown layout or key, or a key the target has no
+    place for.
     """
     for layout in (source, target):
         if layout not in LAYOUTS:
             raise UserError(f"convert: there is no layout {layout!r}; write one of {', '.join(LAYOUTS)}")
-    reading = LAYOUTS[source] + (HF_READ_ONLY if source == "huggingface" else ())
+    reading = LAYOUTS[source] + READ_ONLY.get(source, ())
     state = _rename(state_dict, ((theirs, ours) for ours, theirs in reading), f"are not of the {source} layout")
-    if source == "huggingface":
+    if source.startswith("huggingface"):
         state = _join_qkv(state)
-    if target == "huggingface":
+    if target.startswith("huggingface"):
         state = _split_qkv(state)
-    if target == "timm":
+    if target in ENCODER_ONLY:
         state = {key: tensor for key, tensor in state.items() if key.startswith("encoder.")}
     return _rename(state, LAYOUTS[target], f"have no place in the {target} layout")
 

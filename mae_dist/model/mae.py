@@ -8,7 +8,7 @@ the loss does not need is not computed: the last decoder block asks its queries 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mae_dist.errors import UserError
-from mae_dist.model.masking import num_kept, split
+from mae_dist.model.masking import Masking, num_kept, shaped_noise, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.model.positions import sincos_2d
 
@@ -36,6 +36,12 @@ class MAEConfig:
     in_chans: int = 3
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder, in (0, 1)."""
+    masking: Masking = "random"
+    """Which are hidden: random, or as in the paper's ablations block (rectangles, as in BEiT) or grid (one of every 2x2
+    patches stays; mask_ratio 0.75 is exactly that)."""
+    predict_ratio: float = 1.0
+    """Share of the hidden patches that the decoder sees and predicts in training, drawn at random, in (0, 1]: fewer
+    make a step cheaper. Evaluation always predicts all."""
     dec_dim: int = 384
     dec_depth: int = 6
     dec_heads: int = 12
@@ -54,6 +60,12 @@ class MAEConfig:
     def num_patches(self) -> int:
         height, width = self.height_width
         return (height // self.patch_size) * (width // self.patch_size)
+
+    def noise(self, seed: int, epochs: Tensor, samples: Tensor) -> Tensor:
+        """The masks of training, a pure function of (seed, epoch, sample): (B, N) float32 for `MAE.forward`."""
+        height, width = self.height_width
+        grid = (height // self.patch_size, width // self.patch_size)
+        return shaped_noise(seed, epochs, samples, grid, num_kept(self.num_patches, self.mask_ratio), self.masking)
 
     def check(self) -> None:
         """Raise UserError for what no model can be built from."""
@@ -75,6 +87,13 @@ class MAEConfig:
                 f"model.mask_ratio: {self.mask_ratio} keeps {keep} of {self.num_patches} patches; "
                 "write a value that keeps at least one and hides at least one, such as 0.75"
             )
+        if self.masking not in get_args(Masking):
+            raise UserError(f"model.masking: {self.masking!r}: write one of {', '.join(get_args(Masking))}")
+        if not 0 < self.predict_ratio <= 1 or int((self.num_patches - keep) * self.predict_ratio) < 1:
+            raise UserError(
+                f"model.predict_ratio: {self.predict_ratio} of {self.num_patches - keep} hidden patches: write a value "
+                "above 0 that leaves at least one, or 1.0 for all"
+            )
         if self.dec_dim % self.dec_heads:
             raise UserError(f"model.dec_heads: {self.dec_heads} heads do not divide dec_dim {self.dec_dim}")
 
@@ -87,7 +106,7 @@ class MAEOutput(NamedTuple):
     ids_keep: Tensor
     """(B, Nk) int64: places of the visible patches."""
     ids_mask: Tensor
-    """(B, Nm) int64: places of the masked patches."""
+    """(B, Nm) int64: places of the masked patches; in training with `predict_ratio`, of those that are predicted."""
 
 
 def build_encoder(config: MAEConfig) -> VisionTransformer:
@@ -196,8 +215,11 @@ class MAE(nn.Module):
             patches, positions = take(patches, ids_keep), positions[0][ids_keep]
         return vit.norm(vit.blocks(self.embed(patches, positions)))
 
-    def decode(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
-        """Predict the pixels of `ids_mask`: latent (B, 1+Nk, D) to (B, Nm, p*p*C)."""
+    def decode(self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor, visible_too: bool = False) -> Tensor:
+        """Predict the pixels of `ids_mask`: latent (B, 1+Nk, D) to (B, Nm, p*p*C).
+
+        `visible_too`: of `ids_keep`, then `ids_mask`; the loss never asked for the visible ones, so they are poor.
+        """
         visible = self.enc_to_dec(latent)  # (B, 1+Nk, dec_dim)
         positions = self.dec_pos[0]
         places = torch.cat([torch.zeros_like(ids_keep[:, :1]), ids_keep + 1], dim=1)
@@ -205,21 +227,22 @@ class MAE(nn.Module):
         x = torch.cat([visible + positions[places], hidden], dim=1)
         for block in self.dec_blocks[:-1]:
             x = block(x)
-        x = self._last_block(x, masked=ids_mask.shape[1])
+        asked = ids_mask.shape[1] + (ids_keep.shape[1] if visible_too else 0)
+        x = self._last_block(x, asked)
         return self.head(self.dec_norm(x))
 
-    def _last_block(self, x: Tensor, masked: int) -> Tensor:
-        """The last decoder block for the last `masked` tokens of x (B, T, dec_dim); all T are attended to."""
+    def _last_block(self, x: Tensor, asked: int) -> Tensor:
+        """The last decoder block for the last `asked` tokens of x (B, T, dec_dim); all T are attended to."""
         block: Any = self.dec_blocks[-1]
         attention = block.attn
         dim, heads = x.shape[-1], attention.num_heads
         normed = block.norm1(x)
         weight, bias = attention.qkv.weight, attention.qkv.bias
-        query = F.linear(normed[:, -masked:], weight[:dim], bias[:dim])  # (B, Nm, dec_dim)
+        query = F.linear(normed[:, -asked:], weight[:dim], bias[:dim])  # (B, Nm, dec_dim)
         key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)  # (B, T, dec_dim) each
         query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        out = x[:, -masked:] + attention.proj(mixed)
+        out = x[:, -asked:] + attention.proj(mixed)
         return out + block.mlp(block.norm2(out))
 
     def target(self, patches: Tensor, ids_mask: Tensor) -> Tensor:
@@ -234,32 +257,44 @@ class MAE(nn.Module):
         """Mask, encode, decode, compare.
 
         `images`: (B, C, H, W) float, normalised. `noise`: (B, N) float32, small = kept (as in the paper's code); drawn
-        from torch's generator if None. The loss is computed in float32 whatever the autocast type.
+        from torch's generator if None. In training mode with `predict_ratio` the hidden patches of largest noise are
+        left out of decoder and loss. The loss is computed in float32 whatever the autocast type.
         """
         patches = patchify(images, self.config.patch_size)
-        if noise is None:
-            noise = torch.rand(patches.shape[:2], device=images.device)
-        ids_keep, ids_mask = split(noise, num_kept(patches.shape[1], self.config.mask_ratio))
+        ids_keep, ids_mask = self.split(patches, noise)
+        if self.training:
+            ids_mask = ids_mask[:, : int(ids_mask.shape[1] * self.config.predict_ratio)]
         pred = self.decode(self.encode_patches(patches, ids_keep), ids_keep, ids_mask)
         loss = F.mse_loss(pred.float(), self.target(patches, ids_mask))
         return MAEOutput(loss, pred, ids_keep, ids_mask)
+
+    def split(self, patches: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """ids_keep (B, Nk) and ids_mask (B, Nm) of patches (B, N, p*p*C) by their noise; see `forward`."""
+        if noise is None and self.config.masking == "random":
+            noise = torch.rand(patches.shape[:2], device=patches.device)
+        elif noise is None:
+            samples = torch.randint(2**62, (len(patches),), device=patches.device)
+            noise = self.config.noise(0, torch.zeros_like(samples), samples)
+        return split(noise, num_kept(patches.shape[1], self.config.mask_ratio))
 
     def encode(self, images: Tensor) -> Tensor:
         """Features of whole images, nothing masked: (B, C, H, W) to (B, 1+N, D), the class token first."""
         return self.encode_patches(patchify(images, self.config.patch_size))
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None, paste: bool = True) -> Tensor:
         """The images with every masked patch replaced by its prediction: (B, C, H, W) float32, units of the input.
 
-        A model trained with `norm_pix_loss` predicts no mean or contrast: those of the true patch are given back to it,
-        so such a picture shows structure, not brightness.
+        `paste` False: the visible patches are predictions too, which the loss never asked for. A model trained with
+        `norm_pix_loss` predicts no mean or contrast: those of the true patch are given back to it, so such a picture
+        shows structure, not brightness.
         """
         patches = patchify(images, self.config.patch_size)
-        output = self.forward(images, noise)
-        pred = output.pred.float()
+        ids_keep, ids_mask = self.split(patches, noise)
+        pred = self.decode(self.encode_patches(patches, ids_keep), ids_keep, ids_mask, not paste).float()
+        ids = ids_mask if paste else torch.cat([ids_keep, ids_mask], dim=1)
         if self.config.norm_pix_loss:
-            variance, mean = torch.var_mean(take(patches, output.ids_mask).float(), dim=-1, keepdim=True)
+            variance, mean = torch.var_mean(take(patches, ids).float(), dim=-1, keepdim=True)
             pred = pred * (variance + 1e-6).sqrt() + mean
-        ids = output.ids_mask.unsqueeze(-1).expand_as(pred)
-        return unpatchify(patches.float().scatter(1, ids, pred), self.config.patch_size, *images.shape[2:])
+        places = ids.unsqueeze(-1).expand_as(pred)
+        return unpatchify(patches.float().scatter(1, places, pred), self.config.patch_size, *images.shape[2:])

@@ -1,6 +1,7 @@
 """Fixed two-dimensional sine-cosine position tables (paper appendix A.1; MoCo v3)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,3 +21,19 @@ def sincos_2d(dim: int, rows: int, columns: int, prefix_tokens: int = 1) -> Tens
     y_angles = y.reshape(-1, 1) * frequencies
     table = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=1)
     return torch.cat([torch.zeros(prefix_tokens, dim, dtype=torch.float64), table]).float()
+
+
+def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> tuple[Tensor, str]:
+    """A table for another grid, and how it was made: (1, 1+N, D) of `old` (rows, columns) to (1, 1+N', D) of `new`.
+
+    A fixed sine-cosine table is "recomputed", any other "interpolated" (bicubic over the two-dimensional grid, without
+    antialiasing, as the paper's code does); the class token's row stays. The same grid is "kept".
+    """
+    if old == new:
+        return table, "kept"
+    dim = table.shape[-1]
+    if dim % 4 == 0 and torch.allclose(table[0].float(), sincos_2d(dim, *old).to(table.device), rtol=0, atol=1e-4):
+        return sincos_2d(dim, *new)[None].to(table), "recomputed"
+    grid = table[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table)], dim=1), "interpolated"

@@ -1,51 +1,53 @@
 """Pictures for people: what went in, what the model saw, what it made of it."""
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CAPTIONS = ("input", "masked", "reconstruction")
 MIN_TILE = 96  # pixels; smaller images are enlarged by a whole factor, so that each of their pixels stays a square
-THIN, WIDE = 2, 10  # pixels between the three of a triple, and around triples
+THIN, WIDE = 2, 10  # pixels between the pictures of one image, and around them
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
 def reconstruction_grid(
     images: np.ndarray, masked: np.ndarray, reconstructions: np.ndarray, columns: int | None = None
 ) -> Image.Image:
-    """Triples (input | masked | reconstruction) in a grid with a caption row, as an RGB picture.
+    """`picture_grid` of triples (input | masked | reconstruction)."""
+    return picture_grid({"input": images, "masked": masked, "reconstruction": reconstructions}, columns)
 
-    Each array: (n, H, W, C) uint8, C 1 or 3. `columns`: triples a row; None: as many as make the grid nearly square
-    (MLflow shows a wide strip as a thin one). Raises ValueError for other shapes or types.
+
+def picture_grid(kinds: Mapping[str, np.ndarray], columns: int | None = None) -> Image.Image:
+    """What was made of each image side by side, these rows in a grid with a caption row, as an RGB picture.
+
+    `kinds`: caption -> (n, H, W, C) uint8, C 1 or 3, all of one shape. `columns`: images a row; None: as many as make
+    the grid nearly square (MLflow shows a wide strip as a thin one). Raises ValueError for other shapes or types.
     """
-    kinds = (images, masked, reconstructions)
-    if (
-        len({array.shape for array in kinds}) != 1
-        or images.ndim != 4
-        or images.shape[3] not in (1, 3)
-        or not images.size
-    ):
-        shapes = ", ".join(str(array.shape) for array in kinds)
-        raise ValueError(f"three equal shapes (n, H, W, C) with C 1 or 3 are needed, found {shapes}")
-    if any(array.dtype != np.uint8 for array in kinds):
-        raise ValueError(f"uint8 is needed, found {', '.join(str(array.dtype) for array in kinds)}")
+    arrays = list(kinds.values())
+    images = arrays[0]
+    if len({a.shape for a in arrays}) != 1 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        shapes = ", ".join(str(array.shape) for array in arrays)
+        raise ValueError(f"equal shapes (n, H, W, C) with C 1 or 3 are needed, found {shapes}")
+    if any(array.dtype != np.uint8 for array in arrays):
+        raise ValueError(f"uint8 is needed, found {', '.join(str(array.dtype) for array in arrays)}")
     count, height, width = images.shape[:3]
     factor = max(1, math.ceil(MIN_TILE / max(height, width)))
     tile_width, tile_height = width * factor, height * factor
-    cell_width, cell_height = 3 * tile_width + 2 * THIN + WIDE, tile_height + WIDE
+    cell_width = len(kinds) * (tile_width + THIN) - THIN + WIDE
+    cell_height = tile_height + WIDE
     across = min(count, columns) if columns else square_columns(count, cell_width, cell_height)
-    font = caption_font(tile_width)
+    font = caption_font(tile_width, kinds)
     baseline, top = WIDE // 2 + font.getbbox("A")[3], WIDE + font.getbbox("Ag")[3]
     size = (across * cell_width + WIDE, top + math.ceil(count / across) * cell_height)
     grid = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(grid)
     for i in range(count):
-        for k, array in enumerate(kinds):
+        for k, (caption, array) in enumerate(kinds.items()):
             x = WIDE + (i % across) * cell_width + k * (tile_width + THIN)
             if i < across:
-                draw.text((x + tile_width / 2, baseline), CAPTIONS[k], INK, font, anchor="ms")
+                draw.text((x + tile_width / 2, baseline), caption, INK, font, anchor="ms")
             tile = np.broadcast_to(array[i], (height, width, 3)).repeat(factor, 0).repeat(factor, 1)
             grid.paste(Image.fromarray(tile), (x, top + (i // across) * cell_height))
     return grid
@@ -60,12 +62,12 @@ def square_columns(count: int, cell_width: int, cell_height: int) -> int:
     return min(range(1, count + 1), key=stretch)
 
 
-def caption_font(tile_width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def caption_font(tile_width: int, captions: Iterable[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, as large as looks right, and no wider than a tile allows."""
     size = max(12, tile_width // 10)
     while True:
         font = ImageFont.load_default(size)
-        if size <= 6 or font.getlength(max(CAPTIONS, key=len)) <= tile_width:
+        if size <= 6 or max(map(font.getlength, captions)) <= tile_width:
             return font
         size -= 1
 

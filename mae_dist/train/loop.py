@@ -12,7 +12,6 @@ from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.data.loader import Batch, ImageStream
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World
-from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
 from mae_dist.train.health import Health, check_skipped
 from mae_dist.train.meters import Meters
@@ -107,7 +106,7 @@ def train(run: Run) -> None:
 
 
 def noise_of(batch: Batch, run: Run) -> Tensor:
-    return mask_noise(run.config.train.seed, batch.epochs, batch.ids, run.config.model.num_patches)
+    return run.config.model.noise(run.config.train.seed, batch.epochs, batch.ids)
 
 
 def evaluate(run: Run, done: int, agreement: Agreement) -> int:

@@ -11,7 +11,7 @@ from mae_dist.config import Config
 from mae_dist.data import BadSamples, Source, evaluation_batches
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import Engine, World
-from mae_dist.model.masking import mask_noise, num_kept, split
+from mae_dist.model.masking import num_kept, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.track.journal import Journal
 from mae_dist.track.review import reconstruction_grid, save_picture
@@ -65,13 +65,13 @@ class Validation:
 
     def noise(self, ids: Tensor) -> Tensor:
         """The fixed masks of evaluation: keyed by the sample alone."""
-        return mask_noise(self.config.train.seed, torch.zeros_like(ids), ids, self.config.model.num_patches)
+        return self.config.model.noise(self.config.train.seed, torch.zeros_like(ids), ids)
 
     @torch.no_grad()
     def loss(self, engine: Engine, stop: Callable[[], int] = lambda: 0) -> float | None:
         """Mean loss over the held-out images, each counted once whatever the number of ranks; None: stopped."""
         assert self.source is not None
-        model = engine.replica()
+        model = engine.replica().eval()  # predicts all masked patches whatever `predict_ratio`
         size, world = self.config.model.height_width, self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
         batches = evaluation_batches(
@@ -88,6 +88,7 @@ class Validation:
             with engine.autocast:
                 loss = model(self.normalise(images), self.noise(ids)).loss
             total += torch.stack([loss.double() * len(ids), torch.tensor(len(ids), device=world.device)])
+        model.train()
         summed, count = world.sum(total).tolist()
         return summed / count
 

@@ -98,7 +98,7 @@ def test_timm_loads_the_encoder_strictly():
     assert_same(convert(vit.state_dict(), "timm", "mae_dist"), {f"encoder.{k}": t for k, t in exported.items()})
 
 
-@pytest.mark.parametrize("source", ["official", "huggingface", "mae_dist"])
+@pytest.mark.parametrize("source", ["official", "huggingface", "huggingface-vit", "mae_dist"])
 def test_an_encoder_alone_stays_one(source):
     encoder = convert(build().state_dict(), "mae_dist", "timm")
     assert_same(convert(convert(encoder, "timm", source), source, "timm"), encoder)
@@ -145,5 +145,7 @@ def test_a_whole_checkpoint_is_explained():
 
 @pytest.mark.parametrize(("source", "target"), [("hf", "timm"), ("timm", "keras")])
 def test_unknown_layouts_are_named(source, target):
-    with pytest.raises(UserError, match=r"'(hf|keras)'; write one of mae_dist, official, huggingface, timm"):
+    with pytest.raises(
+        UserError, match=r"'(hf|keras)'; write one of mae_dist, official, huggingface, huggingface-vit, timm"
+    ):
         convert({}, source, target)

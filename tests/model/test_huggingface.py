@@ -20,9 +20,11 @@ from mae_dist.model.formats import convert  # noqa: E402
 from mae_dist.model.masking import mask_noise  # noqa: E402
 
 GREY = {"in_chans": 1, "mask_ratio": 0.6}
-SIZES = {  # shrunk, with the head widths of the real ones (64 in the encoder, 32 in the decoder)
+SIZES = {  # shrunk, with the widths of the real ones (a head: 64 in the encoder, H/14 80; 32 in the decoder)
     "B/16": {"patch_size": 16, "enc_heads": 12, "enc_depth": 2, "dec_heads": 16, "dec_depth": 2},
     "B/8, three blocks": {"patch_size": 8, "enc_heads": 2, "enc_depth": 3, "dec_heads": 4, "dec_depth": 3},
+    "L/16": {"patch_size": 16, "enc_heads": 16, "enc_depth": 1, "dec_heads": 16, "dec_depth": 1},
+    "H/14": {"patch_size": 14, "enc_heads": 16, "enc_dim": 1280, "enc_depth": 1, "dec_heads": 16, "dec_depth": 1},
     "grey, ratio 0.6": {"patch_size": 8, "enc_heads": 3, "enc_depth": 2, "dec_heads": 2, "dec_depth": 1, **GREY},
 }
 
@@ -30,7 +32,8 @@ SIZES = {  # shrunk, with the head widths of the real ones (64 in the encoder, 3
 def build(norm_pix_loss: bool, **size) -> MAE:
     torch.manual_seed(0)
     widths = {"enc_dim": 64 * size["enc_heads"], "dec_dim": 32 * size["dec_heads"]}
-    model = MAE(MAEConfig(img_size=64, norm_pix_loss=norm_pix_loss, **widths, **size))
+    sides = {"img_size": 64 // size["patch_size"] * size["patch_size"]}
+    model = MAE(MAEConfig(norm_pix_loss=norm_pix_loss, **{**sides, **widths, **size}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim == 1:
@@ -81,7 +84,7 @@ def relative(mine: Tensor, other: Tensor) -> float:
 def test_same_mask_loss_predictions_and_gradients(size, norm_pix_loss, attention, tmp_path):
     model = build(norm_pix_loss, **SIZES[size])
     theirs = load_theirs(model, tmp_path, attention)
-    images = torch.randn(3, model.config.in_chans, 64, 64)
+    images = torch.randn(3, model.config.in_chans, *model.config.height_width)
     noise = mask_noise(1, torch.zeros(3, dtype=torch.int64), torch.arange(3), model.config.num_patches)
 
     ours, other = model(images, noise), theirs(images, noise=noise)

@@ -272,6 +272,10 @@ def test_a_step_lowers_the_loss():
         ({"img_size": (32, 5)}, r"nearest size is 32x8"),
         ({"mask_ratio": 0.0}, r"model.mask_ratio: 0.0 keeps 16 of 16.*0.75"),
         ({"mask_ratio": 0.99}, r"keeps 0 of 16"),
+        ({"masking": "rows"}, r"model.masking: 'rows': write one of random, block, grid"),
+        ({"predict_ratio": 0.0}, r"model.predict_ratio: 0.0 of 12 hidden .* 1.0 for all"),
+        ({"predict_ratio": 0.05}, r"model.predict_ratio: 0.05 of 12 hidden .* leaves at least one"),
+        ({"predict_ratio": 1.1}, r"model.predict_ratio: 1.1"),
         ({"dec_heads": 5}, r"model.dec_heads: 5 heads do not divide dec_dim 24"),
         ({"dec_dim": 30}, r"model.dec_dim: 30 is not a multiple of 4"),
         ({"enc_dim": 30, "enc_heads": 3}, r"model.enc_dim: 30 is not a multiple of 4"),
@@ -329,3 +333,48 @@ def test_parameter_counts_are_the_papers():
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == 111_907_840
     assert sum(tensor.numel() for tensor in model.encoder.state_dict().values()) == 85_798_656
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == 111_655_680
+
+
+def test_a_part_of_the_masked_patches_can_be_predicted():
+    """In training: loss, targets and gradients of exactly the first of the hidden; in evaluation: of all of them."""
+    whole, part = build(norm_pix_loss=True), build(norm_pix_loss=True, predict_ratio=0.5)
+    images, noise = batch(whole)
+    output = part(images, noise)
+    everything = whole(images, noise)
+    assert torch.equal(output.ids_mask, everything.ids_mask[:, :6]) and output.pred.shape[1] == 6
+    assert torch.equal(output.ids_keep, everything.ids_keep)
+    latent = whole.encode_patches(patchify(images, 8), output.ids_keep)
+    expected = whole.decode(latent, output.ids_keep, output.ids_mask)
+    torch.testing.assert_close(output.pred, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output.loss, F.mse_loss(expected, whole.target(patchify(images, 8), output.ids_mask)))
+    part.eval()
+    assert torch.equal(part(images, noise).loss, everything.loss)
+    assert torch.equal(part.train().reconstruct(images, noise), whole.reconstruct(images, noise))
+
+
+@pytest.mark.parametrize("masking", ["block", "grid"])
+def test_masks_of_other_kinds_are_noise_to_the_model(masking):
+    model = build(masking=masking)
+    images, _ = batch(model)
+    noise = model.config.noise(0, torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    assert torch.equal(build()(images, noise).loss, model(images, noise).loss)
+    torch.manual_seed(3)
+    drawn = model(images)  # noise of its own, of the same kind
+    torch.manual_seed(3)
+    assert torch.equal(drawn.ids_mask, model(images).ids_mask)
+    assert not torch.equal(drawn.ids_mask, model(images).ids_mask)
+    assert drawn.ids_keep.shape == (3, 4)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_reconstruct_without_pasting_is_all_predicted(norm_pix_loss):
+    model = build(norm_pix_loss=norm_pix_loss)
+    images, noise = batch(model)
+    output = model(images, noise)
+    pasted, bare = (patchify(model.reconstruct(images, noise, paste), 8) for paste in (True, False))
+    torch.testing.assert_close(take(bare, output.ids_mask), take(pasted, output.ids_mask), rtol=0, atol=1e-5)
+    _, predictions, _ = reference(model, images, noise)
+    visible, truth = take(bare, output.ids_keep), take(patchify(images, 8), output.ids_keep)
+    if norm_pix_loss:
+        visible = (visible - truth.mean(-1, True)) / (truth.var(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(visible, take(torch.stack(predictions), output.ids_keep), rtol=0, atol=1e-5)

@@ -1,0 +1,126 @@
+"""Weights from elsewhere as a run of ours, at step 0: every command that takes a run takes it."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mae_dist.config import Config
+from mae_dist.data.options import DataConfig
+from mae_dist.engine.state import COUNTER, WEIGHTS
+from mae_dist.errors import UserError
+from mae_dist.exchange.read import read
+from mae_dist.model import MAE, MAEConfig
+from mae_dist.model.positions import resized
+from mae_dist.model.sizes import config_of, has_decoder
+from mae_dist.train.checkpoint import META
+from mae_dist.train.options import TrainConfig
+from mae_dist.train.run import CONFIG_FILE
+
+POSITIONS = {"encoder.pos_embed": "encoder", "dec_pos": "decoder"}
+
+
+def import_run(
+    path: Path, source: str, out: Path, known: Mapping[str, Any], img_size: int | tuple[int, int] | None = None
+) -> list[str]:
+    """Make the run directory `out` from weights of another project; returns what the user should know, a line each.
+
+    `known`: fields of MAEConfig told by the user; they win over the file's. `img_size`: pixels to resize the position
+    tables for. Raises UserError naming missing or extra keys, or when `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; write --out with a new run directory, such as {out}-2")
+    found = read(path, source)
+    told = {**found.model, **known}
+    try:
+        config = config_of(found.state, told)
+        config.check()
+        model = complete(found.state, config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    notes = [*found.notes, *assumptions(found.state, config, told)]
+    if img_size:
+        config, lines = at_size(model, config, img_size)
+        notes += lines
+    data = found.data or ({} if config.in_chans == 3 else {"mean": (0.5,), "std": (0.5,)})
+    run = Config(config, DataConfig(**data), train=TrainConfig(name=out.name, runs_dir=str(out.parent)))
+    write(out, run, model, {"file": str(path), "layout": source})
+    return notes
+
+
+def write(out: Path, config: Config, weights: dict[str, Tensor], origin: dict[str, str]) -> None:
+    """Write the run aside, then rename it. Its checkpoint is one before the first update: pretraining can go on too."""
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint = aside / "checkpoints" / "step-00000000"
+    checkpoint.mkdir(parents=True)
+    (aside / CONFIG_FILE).write_text(config.to_yaml())
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, checkpoint / WEIGHTS)
+    save_file({f"{COUNTER}updates": torch.zeros(())}, checkpoint / "optimizer-00000-of-00001.safetensors")
+    meta = {"step": 0, "data": {"digest": "", "num_samples": 0}, "imported": origin}
+    (checkpoint / META).write_text(json.dumps(meta, indent=1) + "\n")
+    aside.rename(out)
+
+
+def complete(state: Mapping[str, Tensor], config: MAEConfig) -> dict[str, Tensor]:
+    """The weights of a whole model: those given, and a fresh decoder where there is none.
+
+    Raises UserError naming what is missing, extra or of another shape.
+    """
+    torch.manual_seed(0)
+    expected = MAE(config).state_dict()
+    wanted = {key for key in expected if key.startswith("encoder.") or has_decoder(state)}
+    problems = [
+        (f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
+        for what, keys in {
+            "missing": sorted(wanted - state.keys()),
+            "too many": sorted(state.keys() - expected.keys()),
+            "of another shape": [
+                f"{key} {tuple(tensor.shape)}, not {tuple(expected[key].shape)}"
+                for key, tensor in state.items()
+                if key in expected and tensor.shape != expected[key].shape
+            ],
+        }.items()
+        if keys
+    ]
+    if problems:
+        raise UserError(f"not the weights of {config.enc_name} with these sizes; keys " + "; ".join(problems))
+    return {**expected, **state}
+
+
+def assumptions(state: Mapping[str, Tensor], config: MAEConfig, told: Mapping[str, Any]) -> list[str]:
+    """What no tensor tells and was therefore assumed."""
+    notes = []
+    if not has_decoder(state):
+        size = f"{config.dec_dim} wide, {config.dec_depth} blocks"
+        notes.append(f"the file has no decoder: a fresh one ({size}), so its reconstructions mean nothing")
+    elif "norm_pix_loss" not in told:
+        value = str(config.norm_pix_loss).lower()
+        notes.append(f"norm_pix_loss: assumed {value} (no tensor tells); otherwise write --norm-pix or --no-norm-pix")
+    heads = ["enc_heads"] + ["dec_heads"] * has_decoder(state)
+    for name in (name for name in heads if name not in told):
+        option = f"--{name.replace('_', '-')} N"
+        notes.append(f"{name}: assumed {getattr(config, name)} by the width; otherwise write {option}")
+    return notes
+
+
+def at_size(
+    weights: dict[str, Tensor], config: MAEConfig, img_size: int | tuple[int, int]
+) -> tuple[MAEConfig, list[str]]:
+    """Resize the position tables among `weights`, in place, to images of `img_size` pixels; the config and notes."""
+    changed = dataclasses.replace(config, img_size=img_size)
+    changed.check()
+    old, new = (tuple(side // config.patch_size for side in c.height_width) for c in (config, changed))
+    notes = []
+    for key, name in POSITIONS.items():
+        if key in weights:
+            weights[key], how = resized(weights[key], (old[0], old[1]), (new[0], new[1]))
+            grids = " -> ".join("x".join(map(str, grid)) for grid in (old, new))
+            notes.append(f"positions of the {name}: {how}" + ("" if how == "kept" else f", {grids}"))
+    return changed, notes

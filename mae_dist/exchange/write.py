@@ -1,0 +1,142 @@
+"""A checkpoint as the file or directory that another library loads, with a card that says what it is."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mae_dist.config import Config
+from mae_dist.engine.state import WEIGHTS
+from mae_dist.errors import UserError
+from mae_dist.evaluate.checkpoints import load_config, newest_of
+from mae_dist.exchange.card import card
+from mae_dist.exchange.read import CONFIG_KEY
+from mae_dist.exchange.runs import at_size
+from mae_dist.model import MAEConfig
+from mae_dist.model.formats import ENCODER_ONLY, convert
+from mae_dist.model.mae import build_encoder
+
+
+class Target(NamedTuple):
+    layout: str
+    """Of `formats.convert`."""
+    file: str
+    """The weights' name in a directory."""
+    suffixes: tuple[str, ...] = ()
+    """Of a single file that the library loads; none where it wants a directory."""
+
+
+TARGETS = {
+    "official": Target("official", "model.pth", (".pth",)),
+    "official-encoder": Target("timm", "model.pth", (".pth",)),
+    "timm": Target("timm", "model.safetensors", (".safetensors", ".pth")),
+    "huggingface": Target("huggingface", "model.safetensors"),
+    "huggingface-vit": Target("huggingface-vit", "model.safetensors"),
+}
+"""What --to may be."""
+
+
+def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None = None) -> list[str]:
+    """Write a run's newest checkpoint (or the one given) for another library; returns lines for the user.
+
+    `out`: a new directory, or for official and timm a file name (.pth, .safetensors), beside which NAME.md is the card.
+    `img_size`: pixels to resize the position tables for. Raises UserError when `out` exists, the library has no place
+    for some weight, or the size is impossible.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to {to}: write one of {', '.join(TARGETS)}")
+    target = TARGETS[to]
+    if out.suffix in (".pth", ".safetensors", ".bin", ".pt") and out.suffix not in target.suffixes:
+        wanted = " or ".join(f"a name ending in {suffix}" for suffix in target.suffixes)
+        raise UserError(f"--out {out}: for --to {to} write a directory{' or ' + wanted if wanted else ''}")
+    single = out.suffix in target.suffixes
+    if out.exists():
+        raise UserError(f"{out}: exists already; write another --out, or remove it")
+    checkpoint = newest_of(run)
+    config = load_config(checkpoint)
+    weights, notes, model = load_file(checkpoint / WEIGHTS), [], config.model
+    if target.layout in ENCODER_ONLY:
+        weights = {key: tensor for key, tensor in weights.items() if key.startswith("encoder.")}
+    if img_size:
+        model, notes = at_size(weights, model, img_size)
+    config = dataclasses.replace(config, model=model)
+    described = describe(config, to) if to.startswith("huggingface") else {}
+    tensors = {key: t.contiguous() for key, t in convert(weights, "mae_dist", target.layout).items()}
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    name = out.name if single else target.file
+    save(aside / name, tensors, model)
+    for file, content in described.items():
+        (aside / file).write_text(json.dumps(content, indent=2) + "\n")
+    (aside / "README.md").write_text(card(checkpoint, config, to, name if single else out.name, notes))
+    if single:
+        (aside / "README.md").replace(out.with_suffix(".md"))
+        (aside / name).replace(out)
+        aside.rmdir()
+    else:
+        aside.rename(out)
+    return notes
+
+
+def save(path: Path, tensors: dict[str, Tensor], model: MAEConfig) -> None:
+    """Tensors, and the model's config with them: it tells the numbers of heads when they are imported again."""
+    said = dataclasses.asdict(model)
+    if path.suffix == ".safetensors":
+        save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(said)})
+    else:
+        torch.save({"model": tensors, CONFIG_KEY: said}, path)
+
+
+def describe(config: Config, to: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of a Hugging Face directory. Raises UserError when its class cannot be this model."""
+    model = config.model
+    with torch.device("meta"):
+        vit: Any = build_encoder(model)
+    block, (height, width) = vit.blocks[0], model.height_width
+    eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
+    if not isinstance(block.mlp.act, nn.GELU) or eps != {1e-6}:
+        raise UserError(f"--to {to}: {model.enc_name} has another activation or norm than the ViT of Hugging Face")
+    if height != width and to == "huggingface":
+        raise UserError(f"--to {to}: ViTMAEForPreTraining takes square images only, not {height}x{width}")
+    said: dict[str, Any] = {
+        "architectures": ["ViTMAEForPreTraining" if to == "huggingface" else "ViTModel"],
+        "model_type": "vit_mae" if to == "huggingface" else "vit",
+        "image_size": height if height == width else [height, width],
+        "patch_size": model.patch_size,
+        "num_channels": model.in_chans,
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,  # theirs is 1e-12 by default
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+    if to == "huggingface":
+        said |= {
+            "decoder_hidden_size": model.dec_dim,
+            "decoder_num_hidden_layers": model.dec_depth,
+            "decoder_num_attention_heads": model.dec_heads,
+            "decoder_intermediate_size": 4 * model.dec_dim,
+            "mask_ratio": model.mask_ratio,
+            "norm_pix_loss": model.norm_pix_loss,
+        }
+    mean, std = (list(v) * (model.in_chans if len(v) == 1 else 1) for v in (config.data.mean, config.data.std))
+    pixels = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    return {"config.json": said, "preprocessor_config.json": pixels}
