@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import Journal
 from mae_dist.track.tracker import MLflowTracker
+from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints, read_meta
 from mae_dist.train.loop import Run, Stopped, train
 from mae_dist.train.schedule import CosineSchedule
@@ -44,16 +46,20 @@ def pretrain(config: Config) -> int:
     config = config.with_epoch_size()
     stop = StopRequest()
     world = World.join(config.train.device)
-    try:
+    with ExitStack() as stack:
+        stack.callback(world.leave)
         accumulate = config.train.accumulate(world.size)
         sources = open_sources(config.data, config.model.height_width, config.model.in_chans)
-        return _train(config, world, accumulate, sources, stop)
-    finally:
-        world.leave()
+        return _train(config, world, accumulate, sources, stop, stack)
 
 
 def _train(
-    config: Config, world: World, accumulate: int, sources: tuple[Source, Source | None], stop: StopRequest
+    config: Config,
+    world: World,
+    accumulate: int,
+    sources: tuple[Source, Source | None],
+    stop: StopRequest,
+    stack: ExitStack,
 ) -> int:
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
     num_samples = int(sources[0].counts.sum())
@@ -66,6 +72,7 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
     engine = NativeEngine(model, world, config.optim, config.train.precision, accumulate)
+    stack.enter_context(alone(run_dir, world))
     checkpoints = Checkpoints(run_dir / "checkpoints", world, config.train.keep_checkpoints)
     newest = checkpoints.newest()
     start = resume(config, newest, engine, meta) if newest else 0

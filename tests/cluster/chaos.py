@@ -238,21 +238,21 @@ def stop_mlflow(scene: Scene) -> tuple[str, Deadly]:
 
 
 def start_twice(scene: Scene) -> tuple[str, Deadly]:
-    """The same command beside itself: it must leave the run alone while the first lives, and take over when it dies."""
-    first = scene.job
-    second = scene.start()
-    until = time.monotonic() + scene.random.uniform(1, 10)
-    while time.monotonic() < until and not first.ended() and not second.ended():
-        if second.step():
-            scene.wrong.append(f"two attempts at once: {first.attempt} and {second.attempt}")
-            break
-        time.sleep(0.02)
-    if scene.random.random() < 0.5 and not first.ended() and not second.ended():
-        first.kill_all()
-        return "the same command again, then SIGKILL all of the first", False
-    second.kill_all()
-    scene.job = first
-    return "the same command again, then SIGKILL all of the second", False
+    """After a power cut the same command twice at once: one waits while the other trains, and follows it."""
+    scene.job.kill_all()
+    pair = [scene.start(), scene.start()]
+    await_true(lambda: any(job.steps() for job in pair) or all(job.ended() for job in pair))
+    time.sleep(scene.random.uniform(0, 2))
+    training = [job for job in pair if job.steps()]
+    if len(training) != 1:
+        scene.wrong.append(f"{len(training)} of two attempts train at once")
+    doomed = training[0] if training and scene.random.random() < 0.5 else pair[1]
+    doomed.kill_all()
+    scene.job = pair[0] if doomed is pair[1] else pair[1]
+    return (
+        f"the same command twice at once; then SIGKILL the one that {'trains' if doomed in training else 'waits'}",
+        False,
+    )
 
 
 KINDS: dict[str, Callable[[Scene], tuple[str, Deadly]]] = {

@@ -117,7 +117,7 @@ def law_5(run: Path, url: str) -> list[str]:
         done = sync(run, TrackConfig(tracking_uri=url))
         if not done.error:
             break
-    history = MlflowClient(url).get_metric_history(done.run_id, "loss/train", max_results=10_000)
+    history = MlflowClient(url).get_metric_history(done.run_id, "loss/train")
     there, here = {point.step: point.value for point in history}, metrics(run, "loss/train")
     wrong = [] if there == here else [f"law 5: MLflow has {len(there)} losses, the journal {len(here)}: {done}"]
     return wrong + ([] if done.status == "FINISHED" else [f"law 5: the run is {done.status} in MLflow"])
