@@ -1,7 +1,7 @@
 """One attempt at a time works on a run: its ranks hold a lock on the run's directory.
 
 Every rank has a shared lock on one file; rank 0 gets the first of them only when it has had the file for itself, that
-is when no rank of any other attempt lives. The kernel lets go when a process ends, however it ends and on whatever node.
+is when no rank of any other attempt lives. The kernel lets go when a process ends, however it ends and wherever.
 """
 
 import errno
