@@ -102,6 +102,9 @@ def noise_of(batch: Batch, run: Run) -> Tensor:
 
 def save(run: Run, done: int) -> None:
     """Commit a checkpoint, after the journal that leads to it."""
+    began = time.perf_counter()
     if run.journal:
         run.journal.sync()
     run.checkpoints.save(done, capture(run.engine).write, run.meta)
+    if run.journal:
+        run.journal.write({"kind": "save", "step": done, "seconds": time.perf_counter() - began})

@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, NativeEngine, World, restore
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
-from mae_dist.track.journal import Journal
+from mae_dist.track.journal import Journal, read
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints, read_meta
+from mae_dist.train.goodput import goodput
 from mae_dist.train.loop import Run, Stopped, train
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import StopRequest
@@ -131,12 +133,25 @@ def _train_and_report(run: Run) -> int:
         raise
     finally:
         if run.journal:
+            account(run)
             run.journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
             run.journal.sync()
             run.journal.close()
         if tracker:
             tracker.close()
     return code
+
+
+def account(run: Run) -> None:
+    """Say where the time of the whole run went, here and in the journal."""
+    assert run.journal
+    try:
+        spent = goodput(read(run.journal.path))
+    except OSError as error:
+        print(f"warning: {run.journal.path}: {error.strerror}", file=sys.stderr)
+        return
+    run.journal.write({"kind": "metrics", "step": spent.step, "metrics": spent.metrics()})
+    print(f"{run.config.train.name}: {spent}", flush=True)
 
 
 def resume(config: Config, checkpoint: Path, engine: Engine, meta: dict) -> int:
@@ -176,7 +191,9 @@ def open_journal(config: Config, world: World, start: int) -> Journal:
     """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
     run_dir = config.train.run_dir
     journal = Journal(run_dir / "journal.jsonl")
-    journal.cut(start)
+    again = journal.cut(start)
+    if again:
+        journal.write({"kind": "cut", "steps": again})
     aside = run_dir / f".{CONFIG_FILE}"
     aside.write_text(config.to_yaml())
     aside.rename(run_dir / CONFIG_FILE)
