@@ -9,27 +9,19 @@ not the same byte for byte, and what never ends, is a finding; how long somethin
 import argparse
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mae_dist.shards.write import shard
 from tests.cluster import laws
-from tests.cluster.job import Job, kill
-from tests.conftest import TINY, write_images
-from tests.track.conftest import Server
+from tests.cluster.faults import FILLER, KINDS
+from tests.cluster.job import Job
+from tests.cluster.scene import BATCH, HELD_OUT, PATIENCE_S, SEED, STEPS, Scene, await_true, can_mount, make_shards
 
-STEPS, BATCH, SAVE_EVERY, HELD_OUT, SEED = 60, 14, 5, 1, 0  # 36 images: batches straddle epochs
 FAULTS_A_RUN = 6
-PATIENCE_S = 100.0  # a job that has not ended by then after a deadly fault never will
-TMPFS = "8m"  # about eleven checkpoints
-FILLER = "filler"
 
 
 @dataclass
@@ -44,10 +36,8 @@ class Fault:
     what: str = ""
     seconds: float = 0.0
     """From the fault to the job's end, where it ended it."""
-    reached: int = 0
-    """The last step in the journal, then."""
-    next_attempt: int = 0
-    """0: the job went on by itself."""
+    next: Job | None = None
+    """What trains instead; None: the job went on by itself."""
     resumed: int | None = None
     """The step from which the next attempt went on."""
     lost: int = 0
@@ -56,222 +46,6 @@ class Fault:
     def __str__(self) -> str:
         then = "went on" if self.resumed is None else f"ended after {self.seconds:.1f} s, resumed at {self.resumed}"
         return f"{self.kind:14} step {self.step:3}  {self.what:58}  {then}, lost steps {self.lost}"
-
-
-@dataclass
-class Scene:
-    """One run under fire."""
-
-    folder: Path
-    shards: Path
-    random: random.Random
-    ranks: int
-    engine: list[str]
-    undisturbed: Path
-    more: list[str] = field(default_factory=list)
-    job: Job = field(init=False)
-    jobs: list[Job] = field(default_factory=list)
-    server: Server | None = None
-    wrong: list[str] = field(default_factory=list)
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "runs" / "t"
-
-    @property
-    def attempts(self) -> int:
-        return len(self.jobs)
-
-    def start(self) -> Job:
-        """The next attempt: the same command, as always."""
-        given = arguments(self.shards, self.folder / "runs", *self.engine, *self.more)
-        self.job = Job(self.folder, self.attempts + 1, self.ranks, given)
-        self.jobs.append(self.job)
-        return self.job
-
-    @contextmanager
-    def ready(self, kinds: Sequence[str]) -> Iterator[None]:
-        """What these kinds need is there; at the end nothing is, not even a process."""
-        checkpoints = self.run / "checkpoints"
-        checkpoints.mkdir(parents=True)
-        if "disk full" in kinds:
-            mount(checkpoints)
-        try:
-            if "mlflow gone" in kinds:
-                self.server = Server(self.folder)
-                self.server.start()
-                self.more += ["--track.mlflow=true", f"--track.tracking_uri={self.server.url}"]
-            yield
-        finally:
-            for job in self.jobs:
-                job.kill_all()
-            if self.server:
-                self.server.stop()
-            if "disk full" in kinds:
-                subprocess.run(["umount", "--lazy", checkpoints], check=True)
-
-    def await_steps(self, count: int) -> bool:
-        """Whether the job got that far into its attempt; it may have ended before."""
-        deadline = time.monotonic() + PATIENCE_S
-        while len(self.job.steps()) < count and not self.job.ended():
-            if time.monotonic() > deadline:
-                self.wrong.append(f"attempt {self.attempts} hung at step {self.job.step()}\n{self.job.tail()}")
-                self.job.kill_all()
-            time.sleep(0.005)
-        return not self.job.ended()
-
-
-def mount(place: Path) -> None:
-    """A small file system there."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS}", "chaos", place], check=True, capture_output=True)
-
-
-def can_mount() -> bool:
-    """Whether this user may mount file systems here."""
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            mount(Path(place))
-        except (OSError, subprocess.CalledProcessError):
-            return False
-        subprocess.run(["umount", place], check=True)
-        return True
-
-
-def arguments(shards: Path, runs: Path, *more: str) -> list[str]:
-    return [
-        "pretrain", *TINY, f"--data.shards={shards}", f"--data.val_shards={HELD_OUT}", f"--train.seed={SEED}",
-        f"--train.runs_dir={runs}", "--train.name=t", f"--train.global_batch_size={BATCH}", f"--train.steps={STEPS}",
-        "--train.eval_every=20", f"--train.save_every={SAVE_EVERY}", *more,
-    ]  # fmt: skip
-
-
-# --- the faults: each does its worst to `scene.job`, says what it did, and whether the job must end of it -------------
-
-Deadly = bool
-
-
-def kill_rank(scene: Scene) -> tuple[str, Deadly]:
-    rank = scene.random.choice(scene.job.ranks())
-    kill(rank.pid)
-    return f"SIGKILL rank {rank.environment['RANK']}", True
-
-
-def kill_agent(scene: Scene) -> tuple[str, Deadly]:
-    """The scheduler sees the job's end at once, and starts the next attempt while ranks may still be there."""
-    kill(scene.job.agent.pid)
-    return f"SIGKILL torchrun, {len(scene.job.ranks())} ranks without a parent", True
-
-
-def kill_all(scene: Scene) -> tuple[str, Deadly]:
-    count = len(scene.job.trainers())
-    scene.job.kill_all()
-    return f"SIGKILL all {count} processes", True
-
-
-def kill_worker(scene: Scene) -> tuple[str, Deadly]:
-    workers = scene.job.workers()
-    if not workers:
-        return "no worker there", False
-    worker = scene.random.choice(workers)
-    kill(worker.pid)
-    return f"SIGKILL loader worker of rank {worker.environment['RANK']}", True
-
-
-def kill_in_save(scene: Scene) -> tuple[str, Deadly]:
-    """One rank, or the whole node, while `.step-N` is being written."""
-    checkpoints, deadline = scene.run / "checkpoints", time.monotonic() + PATIENCE_S
-    while not (aside := [path.name for path in checkpoints.glob(".step-*")]):
-        if scene.job.ended() or time.monotonic() > deadline:
-            return "no save came", False
-        time.sleep(0.002)
-    time.sleep(scene.random.uniform(0, 0.12))
-    whole = scene.random.random() < 0.5
-    said = kill_all(scene)[0] if whole else kill_rank(scene)[0]
-    return f"{said} while {aside[0]} was written" + (", left there" if any(checkpoints.glob(".step-*")) else ""), True
-
-
-def stop_a_while(scene: Scene) -> tuple[str, Deadly]:
-    rank, seconds = scene.random.choice(scene.job.ranks()), scene.random.uniform(0.5, 3)
-    kill(rank.pid, signal.SIGSTOP)
-    time.sleep(seconds)
-    kill(rank.pid, signal.SIGCONT)
-    return f"SIGSTOP rank {rank.environment['RANK']} for {seconds:.1f} s", False
-
-
-def stop_for_good(scene: Scene) -> tuple[str, Deadly]:
-    """The scheduler loses patience: SIGTERM to the job, and SIGKILL to all of it a little later."""
-    rank = scene.random.choice(scene.job.ranks())
-    kill(rank.pid, signal.SIGSTOP)
-    time.sleep(scene.random.uniform(0.5, 2))
-    kill(scene.job.agent.pid, signal.SIGTERM)
-    scene.job.wait(2)
-    scene.job.kill_all()
-    return f"SIGSTOP rank {rank.environment['RANK']}; the scheduler ends the job", True
-
-
-def terminate_rank(scene: Scene) -> tuple[str, Deadly]:
-    rank = scene.random.choice(scene.job.ranks())
-    kill(rank.pid, signal.SIGTERM)
-    return f"SIGTERM rank {rank.environment['RANK']}", True
-
-
-def terminate_agent(scene: Scene) -> tuple[str, Deadly]:
-    kill(scene.job.agent.pid, signal.SIGTERM)
-    return "SIGTERM torchrun", True
-
-
-def fill_disk(scene: Scene) -> tuple[str, Deadly]:
-    """Too little room for one more checkpoint, until the scheduler has cleaned up."""
-    checkpoints = scene.run / "checkpoints"
-    size = max((path.stat().st_size for path in checkpoints.glob("*/model.safetensors")), default=200_000)
-    free = shutil.disk_usage(checkpoints).free
-    leave = scene.random.randrange(size)
-    with suppress(OSError), (checkpoints / FILLER).open("wb", buffering=0) as file:
-        file.write(bytes(max(0, free - leave)))
-    return f"{shutil.disk_usage(checkpoints).free} bytes free in checkpoints/", True
-
-
-def stop_mlflow(scene: Scene) -> tuple[str, Deadly]:
-    assert scene.server
-    scene.server.stop()
-    return "SIGKILL the MLflow server", False
-
-
-def start_twice(scene: Scene) -> tuple[str, Deadly]:
-    """After a power cut the same command twice at once: one waits while the other trains, and follows it."""
-    scene.job.kill_all()
-    pair = [scene.start(), scene.start()]
-    await_true(lambda: any(job.steps() for job in pair) or all(job.ended() for job in pair))
-    time.sleep(scene.random.uniform(0, 2))
-    training = [job for job in pair if job.steps()]
-    if len(training) != 1:
-        scene.wrong.append(f"{len(training)} of two attempts train at once")
-    doomed = training[0] if training and scene.random.random() < 0.5 else pair[1]
-    doomed.kill_all()
-    scene.job = pair[0] if doomed is pair[1] else pair[1]
-    return (
-        f"the same command twice at once; then SIGKILL the one that {'trains' if doomed in training else 'waits'}",
-        False,
-    )
-
-
-KINDS: dict[str, Callable[[Scene], tuple[str, Deadly]]] = {
-    "kill rank": kill_rank,
-    "kill agent": kill_agent,
-    "kill all": kill_all,
-    "kill worker": kill_worker,
-    "kill in save": kill_in_save,
-    "stop a while": stop_a_while,
-    "stop for good": stop_for_good,
-    "term rank": terminate_rank,
-    "term agent": terminate_agent,
-    "disk full": fill_disk,
-    "mlflow gone": stop_mlflow,
-    "twice": start_twice,
-}
-
-
-# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 def disturb(scene: Scene, fault: Fault) -> bool:
@@ -298,18 +72,7 @@ def disturb(scene: Scene, fault: Fault) -> bool:
         if fault.kind != "kill agent":
             scene.wrong += laws.law_4(scene.run, scene.undisturbed / "runs" / "t")
     if deadly or scene.job is not job:
-        fault.reached = laws.last_journal_step(scene.run)
-        fault.next_attempt = (scene.start() if deadly else scene.job).attempt
-    return True
-
-
-def await_true(what: Callable[[], bool]) -> bool:
-    """Whether `what` came true in time."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
+        fault.next = scene.start() if deadly else scene.job
     return True
 
 
@@ -352,9 +115,9 @@ def chaos(scene: Scene, kinds: Sequence[str]) -> tuple[list[Fault], list[str]]:
             faults.append(fault)
         finish(scene)
         for fault in faults:
-            if fault.next_attempt:
-                fault.resumed = laws.resumed_at(scene.folder / f"attempt-{fault.next_attempt:03d}.log")
-                fault.lost = max(0, fault.reached - fault.resumed)
+            if fault.next:
+                fault.resumed = laws.resumed_at(fault.next.log)
+                fault.lost = max(0, fault.next.reached - fault.resumed)
         return faults, check(scene)
 
 
@@ -367,15 +130,6 @@ def undisturbed(folder: Path, shards: Path, ranks: int, engine: list[str]) -> Pa
         code = job.wait(PATIENCE_S * 3)
         assert code == 0 and laws.complete(scene.run, STEPS), job.tail()
     return scene.folder
-
-
-def make_shards(folder: Path) -> Path:
-    """46 images in five shards, of which the last is held out."""
-    shard(write_images(folder / "images", classes=2, each=23), folder / "shards", shard_size=10)
-    return folder / "shards"
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def table(faults: Sequence[Fault]) -> str:

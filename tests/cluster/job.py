@@ -54,6 +54,7 @@ class Job:
 
     def __init__(self, folder: Path, attempt: int, ranks: int, arguments: list[str]):
         self.folder, self.attempt, self.mark = folder, attempt, uuid.uuid4().hex
+        self.reached = 0  # by the attempts before, as far as the journal knows
         self.audit, self.log = folder / "audit", folder / f"attempt-{attempt:03d}.log"
         self.audit.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]

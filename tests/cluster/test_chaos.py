@@ -9,7 +9,7 @@ import pytest
 
 from mae_dist.track import journal
 from mae_dist.train.checkpoint import committed
-from tests.cluster import chaos, laws
+from tests.cluster import chaos, laws, scene
 
 pytestmark = pytest.mark.dist
 SEEDS = [1]  # more: make chaos SEEDS="1 2 3"
@@ -18,7 +18,7 @@ FAULTS = 5
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    return chaos.make_shards(tmp_path_factory.mktemp("chaos"))
+    return scene.make_shards(tmp_path_factory.mktemp("chaos"))
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def undisturbed(shards) -> Path:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_under_fire_is_the_run_that_nobody_touched(shards, undisturbed, tmp_path, seed):
     draw = random.Random(seed)
-    kinds = [kind for kind in chaos.KINDS if kind not in ("mlflow gone", *([] if chaos.can_mount() else ["disk full"]))]
-    scene = chaos.Scene(tmp_path / "run", shards, draw, 2, [], undisturbed)
-    faults, wrong = chaos.chaos(scene, chaos.draw_kinds(draw, kinds, FAULTS))
+    kinds = [kind for kind in chaos.KINDS if kind not in ("mlflow gone", *([] if scene.can_mount() else ["disk full"]))]
+    run = scene.Scene(tmp_path / "run", shards, draw, 2, [], undisturbed)
+    faults, wrong = chaos.chaos(run, chaos.draw_kinds(draw, kinds, FAULTS))
     assert not wrong, "\n".join([*map(str, faults), *wrong])
-    assert len(faults) >= 3 and scene.attempts > len(faults) / 2
-    assert max(fault.lost for fault in faults) <= 2 * chaos.SAVE_EVERY
+    assert len(faults) >= 3 and run.attempts > len(faults) / 2
+    assert max(fault.lost for fault in faults) <= 2 * scene.SAVE_EVERY
 
 
 def copy(undisturbed: Path, to: Path) -> Path:
@@ -45,7 +45,7 @@ def copy(undisturbed: Path, to: Path) -> Path:
 
 def law_3(folder: Path, undisturbed: Path, shards: Path) -> str:
     found = laws.law_3(
-        folder / "audit", undisturbed / "audit", shards, chaos.HELD_OUT, chaos.SEED, chaos.BATCH, chaos.STEPS
+        folder / "audit", undisturbed / "audit", shards, scene.HELD_OUT, scene.SEED, scene.BATCH, scene.STEPS
     )
     return "\n".join(found)
 
@@ -81,9 +81,9 @@ def test_a_sample_that_is_lost_repeated_or_another_is_seen(shards, undisturbed, 
     audit = folder / "audit" / "001-1.jsonl"
     lines = audit.read_text().splitlines(keepends=True)
     audit.write_text("".join(lines[:7] + lines[8:]))
-    assert f"samples lost: {chaos.BATCH // 2}, repeated: 0" in law_3(folder, undisturbed, shards)
-    audit.write_text("".join(lines[:7] + [lines[6].replace('"step": 7', '"step": 8')] + lines[8:]))
-    assert f"samples lost: {chaos.BATCH // 2}, repeated: {chaos.BATCH // 2}" in law_3(folder, undisturbed, shards)
+    assert f"samples lost: {scene.BATCH // 2}, repeated: 0" in law_3(folder, undisturbed, shards)
+    audit.write_text("".join([*lines[:7], lines[6].replace('"step": 7', '"step": 8'), *lines[8:]]))
+    assert f"samples lost: {scene.BATCH // 2}, repeated: {scene.BATCH // 2}" in law_3(folder, undisturbed, shards)
     record = json.loads(lines[7])
     audit.write_text("".join([*lines[:7], json.dumps(record | {"pixels": "0"}) + "\n", *lines[8:]]))
     assert law_3(folder, undisturbed, shards) == "law 3: step 8: other samples or pixels on some rank"
