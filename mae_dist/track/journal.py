@@ -1,7 +1,7 @@
 """The local truth of a run: one JSON object a line in `<run_dir>/journal.jsonl`. MLflow is a copy of it.
 
 Each line reaches the operating system when it is written, and the disk with `sync`, which goes with each checkpoint.
-Kinds of record, all with "time" (epoch seconds): start, metrics, image, artifact, save, cut, end. Non-finite floats are
+Kinds of record, all with "time" (epoch seconds): start, metrics, image, artifact, cut, end. Non-finite floats are
 kept as the strings "nan", "inf" and "-inf", so that every line is valid JSON, and come back as floats.
 """
 

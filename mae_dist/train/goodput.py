@@ -10,8 +10,8 @@ from typing import Any
 
 from mae_dist.train.progress import duration
 
-MILESTONES = ("start", "metrics", "image", "save")  # what was there then is not done again while the record is there
-LOGGED = "run/goodput"  # not where the run had come then, but how it had gone
+STALL = "perf/save_stall_s"
+MILESTONES = {"loss/train", "loss/val", STALL}  # while their record is there, what was done before it is not done again
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Goodput:
     def metrics(self) -> dict[str, float]:
         """As they are logged at the end of each attempt."""
         return {
-            LOGGED: self.fraction,
+            "run/goodput": self.fraction,
             "run/attempts": self.attempts,
             "run/lost_steps": self.lost_steps,
             "run/skipped_steps": self.skipped,
@@ -75,13 +75,12 @@ def goodput(records: Iterable[dict[str, Any]]) -> Goodput:
             attempts, skipped_before = attempts + 1, skipped
         elif kind == "cut":
             lost += record["steps"]
-        elif kind == "save":
-            saves += record["seconds"]
         elif kind == "metrics":
+            saves += metrics.get(STALL, 0.0)
             step = max(step, record["step"])
             skipped = max(skipped, skipped_before + int(metrics.get("optim/skipped", 0)))
             bad = max(bad, int(metrics.get("progress/bad_samples", 0)))
         now = max(now, time)
-        if kind in MILESTONES and LOGGED not in metrics:
+        if kind in ("start", "image") or metrics.keys() & MILESTONES:
             counted = max(counted, time)
     return Goodput(step, attempts, now - first, restarts, saves, lost, skipped, bad)

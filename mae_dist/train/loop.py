@@ -107,4 +107,5 @@ def save(run: Run, done: int) -> None:
         run.journal.sync()
     run.checkpoints.save(done, capture(run.engine).write, run.meta)
     if run.journal:
-        run.journal.write({"kind": "save", "step": done, "seconds": time.perf_counter() - began})
+        stall = {"perf/save_stall_s": time.perf_counter() - began}
+        run.journal.write({"kind": "metrics", "step": done, "metrics": stall})

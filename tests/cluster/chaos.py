@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import laws
-from tests.cluster.faults import FILLER, KINDS
+from tests.cluster.faults import KINDS
 from tests.cluster.job import Job
 from tests.cluster.scene import BATCH, HELD_OUT, PATIENCE_S, SEED, STEPS, Scene, await_true, can_mount, make_shards
 
@@ -68,7 +68,6 @@ def disturb(scene: Scene, fault: Fault) -> bool:
             scene.wrong.append(f"{fault.kind}: {PATIENCE_S:.0f} s later the job is still there\n{job.tail()}")
             job.kill_all()
         fault.seconds = time.monotonic() - began
-        (scene.run / "checkpoints" / FILLER).unlink(missing_ok=True)
         if fault.kind != "kill agent":
             scene.wrong += laws.law_4(scene.run, scene.undisturbed / "runs" / "t")
     if deadly or scene.job is not job:
@@ -97,7 +96,7 @@ def check(scene: Scene) -> list[str]:
     wrong += laws.law_3(*audits, scene.shards, HELD_OUT, SEED, BATCH, STEPS)
     if scene.server:
         scene.server.stop()
-        scene.server.start()
+        scene.start_server()
         wrong += laws.law_5(scene.run, scene.server.url)
     return scene.wrong + wrong
 

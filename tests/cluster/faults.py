@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from tests.cluster import laws
 from tests.cluster.job import kill
-from tests.cluster.scene import PATIENCE_S, Scene, await_true
+from tests.cluster.scene import PATIENCE_S, SAVE_EVERY, Scene, await_true
 
 FILLER = "filler"
 Deadly = bool
@@ -85,14 +85,16 @@ def terminate_agent(scene: Scene) -> tuple[str, Deadly]:
 
 
 def fill_disk(scene: Scene) -> tuple[str, Deadly]:
-    """Too little room for one more checkpoint, until the scheduler has cleaned up."""
-    checkpoints = scene.run / "checkpoints"
-    size = max((path.stat().st_size for path in checkpoints.glob("*/model.safetensors")), default=200_000)
-    free = shutil.disk_usage(checkpoints).free
-    leave = scene.random.randrange(size)
+    """Too little room for one more checkpoint, until the job has ended of it or passed by where one was due."""
+    job, checkpoints = scene.job, scene.run / "checkpoints"
+    size = max((path.stat().st_size for path in checkpoints.glob("step-*/model.safetensors")), default=200_000)
+    room = max(0, shutil.disk_usage(checkpoints).free - scene.random.randrange(size))
     with suppress(OSError), (checkpoints / FILLER).open("wb", buffering=0) as file:
-        file.write(bytes(max(0, free - leave)))
-    return f"{shutil.disk_usage(checkpoints).free} bytes free in checkpoints/", True
+        file.write(bytes(room))
+    left, passed = shutil.disk_usage(checkpoints).free, len(job.steps()) + SAVE_EVERY + scene.random.randint(1, 5)
+    await_true(lambda: job.ended() or len(job.steps()) >= passed)
+    (checkpoints / FILLER).unlink()
+    return f"{left} bytes free in checkpoints/", job.ended()
 
 
 def stop_mlflow(scene: Scene) -> tuple[str, Deadly]:

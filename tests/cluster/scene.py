@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,16 @@ class Scene:
         self.job.reached = laws.last_journal_step(self.run)
         return self.job
 
+    def start_server(self) -> None:
+        """Return when it answers; a busy machine may need more than one try."""
+        assert self.server
+        for _ in range(3):
+            with suppress(TimeoutError):
+                self.server.start()
+                return
+            self.server.stop()
+        raise TimeoutError("no MLflow server")
+
     @contextmanager
     def ready(self, kinds: Sequence[str]) -> Iterator[None]:
         """What these kinds need is there; at the end nothing is, not even a process."""
@@ -62,7 +72,7 @@ class Scene:
         try:
             if "mlflow gone" in kinds:
                 self.server = Server(self.folder)
-                self.server.start()
+                self.start_server()
                 self.more += ["--track.mlflow=true", f"--track.tracking_uri={self.server.url}"]
             yield
         finally:

@@ -53,7 +53,7 @@ class Life:
             if done % self.save_every == 0:
                 self.now += save
                 self.saved, self.saves[done] = done, save
-                self.write("save", step=done, seconds=save)
+                self.write("metrics", step=done, metrics={"perf/save_stall_s": save})
         if says_so:
             self.now += 30
             spent = goodput(self.records)
