@@ -34,7 +34,7 @@ def test_a_run_under_fire_is_the_run_that_nobody_touched(shards, undisturbed, tm
     faults, wrong = chaos.chaos(run, chaos.draw_kinds(draw, kinds, FAULTS))
     assert not wrong, "\n".join([*map(str, faults), *wrong])
     assert len(faults) >= 3 and run.attempts > len(faults) / 2
-    assert max(fault.lost for fault in faults) <= 2 * scene.SAVE_EVERY
+    assert max(fault.lost for fault in faults) <= 4 * scene.SAVE_EVERY  # a full disk may cost two saves
 
 
 def copy(undisturbed: Path, to: Path) -> Path:
