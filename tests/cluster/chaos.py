@@ -58,7 +58,7 @@ def disturb(scene: Scene, fault: Fault) -> bool:
         if not await_true(lambda: len(job.ranks()) == scene.ranks or job.ended()) or job.ended():
             return False
         time.sleep(scene.random.uniform(0, 4))
-    if job.ended():
+    if not job.ranks():
         return False
     fault.step = job.step()
     fault.what, deadly = KINDS[fault.kind](scene)

@@ -1,5 +1,6 @@
 """Laws 1, 3 and 4, checked from what a run left on disk, beside the same run that nobody disturbed."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -141,11 +142,9 @@ def complete(run: Path, steps: int) -> bool:
 
 
 def resumed_at(log: Path) -> int:
-    """The step from which an attempt says it went on."""
-    for line in log.read_text(errors="replace").splitlines():
-        if "resumed at step" in line:
-            return int(line.split("resumed at step")[1].split()[0])
-    return 0
+    """The step from which an attempt says it went on, or at which it found the run complete."""
+    found = re.search(r"resumed at step (\d+)|complete, (\d+) of", log.read_text(errors="replace"))
+    return int(found[1] or found[2]) if found else 0
 
 
 def last_journal_step(run: Path) -> int:
