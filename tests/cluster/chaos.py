@@ -114,8 +114,9 @@ def chaos(scene: Scene, kinds: Sequence[str]) -> tuple[list[Fault], list[str]]:
             faults.append(fault)
         finish(scene)
         for fault in faults:
-            if fault.next:
-                fault.resumed = laws.resumed_at(fault.next.log)
+            if fault.next:  # the next attempt may have been killed before it could go on from anywhere
+                later = (laws.resumed_at(job.log) for job in scene.jobs[fault.next.attempt - 1 :])
+                fault.resumed = next(step for step in later if step is not None)
                 fault.lost = max(0, fault.next.reached - fault.resumed)
         return faults, check(scene)
 

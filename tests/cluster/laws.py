@@ -141,10 +141,13 @@ def complete(run: Path, steps: int) -> bool:
     return bool(found) and step_of(found[-1]) == steps
 
 
-def resumed_at(log: Path) -> int:
-    """The step from which an attempt says it went on, or at which it found the run complete."""
-    found = re.search(r"resumed at step (\d+)|complete, (\d+) of", log.read_text(errors="replace"))
-    return int(found[1] or found[2]) if found else 0
+def resumed_at(log: Path) -> int | None:
+    """The step from which an attempt says it goes on, or at which it found the run complete; None: it never said."""
+    for line in log.read_text(errors="replace").splitlines():
+        if " steps of " in line or "complete, " in line:
+            found = re.search(r"(?:resumed at step|complete,) (\d+)", line)
+            return int(found[1]) if found else 0
+    return None
 
 
 def last_journal_step(run: Path) -> int:
