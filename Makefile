@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+SEEDS ?= 1 2 3 4 5 6 7 8
+
+.PHONY: demo test chaos lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mae-dist demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# Hours of a bad cluster in minutes: a run under fire for each of SEEDS; also ENGINE=deepspeed ZERO=2.
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.cluster.chaos --seeds $(SEEDS) $(if $(ENGINE),--engine $(ENGINE)) $(if $(ZERO),--zero $(ZERO))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

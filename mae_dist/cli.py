@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist.errors import Ended, UserError
+from mae_dist.launched import end_with_launcher
 
 USAGE = """usage: mae-dist COMMAND ...
 
@@ -159,6 +160,7 @@ def part(text: str) -> tuple[int, int]:
 
 
 def pretrain(arguments: Sequence[str]) -> int:
+    end_with_launcher()
     from mae_dist import config
     from mae_dist.train.run import pretrain as run
 

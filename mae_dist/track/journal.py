@@ -1,8 +1,8 @@
 """The local truth of a run: one JSON object a line in `<run_dir>/journal.jsonl`. MLflow is a copy of it.
 
 Each line reaches the operating system when it is written, and the disk with `sync`, which goes with each checkpoint.
-Kinds of record, all with "time" (epoch seconds): start, metrics, image, artifact, end. Non-finite floats are kept as
-the strings "nan", "inf" and "-inf", so that every line is valid JSON, and come back as floats.
+Kinds of record, all with "time" (epoch seconds): start, metrics, image, artifact, cut, end. Non-finite floats are
+kept as the strings "nan", "inf" and "-inf", so that every line is valid JSON, and come back as floats.
 """
 
 import json
@@ -46,17 +46,22 @@ class Journal:
         except OSError as error:
             self._warn(error)
 
-    def cut(self, step: int) -> None:
-        """Drop every record of a step greater than `step`: those steps will be run again. Raises OSError.
+    def cut(self, step: int) -> int:
+        """Drop every record of a step greater than `step`; returns how many steps that are, which will be run again.
 
-        Records without a step stay. Written aside, synced and renamed: a reader sees the old file or the new one.
+        Records without a step stay, and starts. Written aside, synced and renamed: a reader sees the old file or the
+        new one. Raises OSError.
         """
         self._flush()
-        aside = self.path.with_name(f"{self.path.name}.cut")
+        aside, dropped = self.path.with_name(f"{self.path.name}.cut"), 0
         with self.path.open("rb") as old, aside.open("wb") as new:
             for line in whole_lines(old):
                 record = parse(line)
-                if record is not None and not is_after(record, step):
+                if record is None:
+                    continue
+                if is_after(record, step):
+                    dropped = max(dropped, int(record["step"]) - step)
+                else:
                     new.write(line)
             new.flush()
             os.fsync(new.fileno())
@@ -64,6 +69,7 @@ class Journal:
         aside.replace(self.path)
         sync_directory(self.path.parent)
         self._fd = self._open()
+        return dropped
 
     def close(self) -> None:
         """Sync and close. Closing twice does nothing."""
@@ -107,9 +113,9 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def is_after(record: dict[str, Any], step: int) -> bool:
-    """Whether a record belongs to a later step than `step`; one without a step belongs to none."""
+    """Whether a record belongs to a later step than `step`; a start, and one without a step, belong to none."""
     own = record.get("step")
-    return isinstance(own, int | float) and own > step
+    return isinstance(own, int | float) and own > step and record.get("kind") != "start"
 
 
 def whole_lines(file: IO[bytes]) -> Iterator[bytes]:

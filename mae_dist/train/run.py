@@ -4,7 +4,9 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import FILE_NAME, Journal, read
 from mae_dist.track.tracker import MLflowTracker
+from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints, read_meta
+from mae_dist.train.goodput import goodput
 from mae_dist.train.health import Health
 from mae_dist.train.loop import Run, train
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
@@ -57,7 +61,8 @@ def pretrain(config: Config) -> int:
         world = World.join(config.train.device)
         accumulate = config.train.accumulate(world.size, config.data.repeated_aug)
         sources = open_sources(config.data, config.model.height_width, config.model.in_chans)
-        _train(config, world, accumulate, sources, stop)
+        with ExitStack() as stack:
+            _train(config, world, accumulate, sources, stop, stack)
         world.leave()  # not after an error: the other ranks may hang in what this would wait for
     except Stopped as stopped:
         code = 128 + stopped.signal
@@ -73,7 +78,12 @@ def pretrain(config: Config) -> int:
 
 
 def _train(
-    config: Config, world: World, accumulate: int, sources: tuple[Source, Source | None], stop: StopRequest
+    config: Config,
+    world: World,
+    accumulate: int,
+    sources: tuple[Source, Source | None],
+    stop: StopRequest,
+    stack: ExitStack,
 ) -> None:
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
     num_samples = int(sources[0].counts.sum())
@@ -87,6 +97,7 @@ def _train(
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
     engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
     keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
+    stack.enter_context(alone(run_dir, world))
     checkpoints = Checkpoints(run_dir / "checkpoints", world, keep, keep_every)
     newest = checkpoints.newest()
     health = Health(world, config.train.spike_sigma)
@@ -173,8 +184,21 @@ def _end(run: Run, cause: BaseException | None) -> None:
         said = f"{MISTAKE}{cause}" if isinstance(cause, UserError) else said
     run.watch.close(said)
     if run.journal:
+        account(run)
         run.journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
         run.journal.sync()
+
+
+def account(run: Run) -> None:
+    """Say where the time of the whole run went, here and in the journal."""
+    assert run.journal
+    try:
+        spent = goodput(read(run.journal.path))
+    except OSError as error:
+        print(f"warning: {run.journal.path}: {error.strerror}", file=sys.stderr)
+        return
+    run.journal.write({"kind": "metrics", "step": spent.step, "metrics": spent.metrics()})
+    print(f"{run.config.train.name}: {spent}", flush=True)
 
 
 def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> int:
@@ -223,7 +247,9 @@ def open_journal(config: Config, world: World, start: int) -> Journal:
     """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
     run_dir = config.train.run_dir
     journal = Journal(run_dir / FILE_NAME)
-    journal.cut(start)
+    again = journal.cut(start)
+    if again:
+        journal.write({"kind": "cut", "steps": again})
     aside = run_dir / f".{CONFIG_FILE}"
     aside.write_text(config.to_yaml())
     aside.rename(run_dir / CONFIG_FILE)

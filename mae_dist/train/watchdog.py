@@ -1,7 +1,6 @@
 """A thread that sees a training step hang, says which rank waits for what, and ends a process that cannot go on."""
 
 import faulthandler
-import os
 import sys
 import threading
 import time
@@ -51,7 +50,6 @@ class Watchdog:
         self.now = Moment("start", step, time.monotonic())
         self.step_began = self.now.since
         self.dumped = self.told = 0.0  # the moments for which that is done
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         self.tick = min(1.0, (seconds or 60.0) / 10)
         self.beat = max(self.tick, world.size / 100)  # a shared file system has other things to do
         self.next_beat = 0.0
@@ -125,9 +123,6 @@ class Watchdog:
                 self._tell(now, waited)
 
     def _leave_if_lost(self, now: Moment, waited: float) -> None:
-        if self.launcher and os.getppid() != self.launcher:  # a new start would write where this one writes
-            self.board.write(now.step, f"{FAILED}its launcher was killed")
-            os._exit(RankLost.status)
         if now.phase == SAVING or self.stop.leaving:
             return
         if (self.stop.signal and self.stop.begun) or waited > self.limit():

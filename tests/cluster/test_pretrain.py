@@ -103,10 +103,13 @@ def test_killed_twice_the_run_is_the_same_to_the_last_digit(shards, undisturbed,
     kill_one_rank(shards, tmp_path, at_step=6)
     kill_one_rank(shards, tmp_path, at_step=10)
     assert status(tmp_path) == "FAILED"
-    mae_dist(*arguments(shards, tmp_path), processes=2)
+    done = mae_dist(*arguments(shards, tmp_path), processes=2)
     assert losses(tmp_path / "t") == losses(undisturbed / "t")
     assert val_losses(tmp_path) == val_losses(undisturbed)
     assert status(tmp_path) == "FINISHED"
+    assert "t: 3 attempts in " in done.stdout and "of which" in done.stdout
+    kept = [r["metrics"] for r in records(tmp_path) if "run/goodput" in r.get("metrics", {})][-1]
+    assert kept["run/attempts"] == 3 and kept["run/lost_steps"] > 0 and 0 < kept["run/goodput"] < 1
     newest = [committed(runs / "t" / "checkpoints")[-1] for runs in (tmp_path, undisturbed)]
     assert newest[0].joinpath("model.safetensors").read_bytes() == newest[1].joinpath("model.safetensors").read_bytes()
 

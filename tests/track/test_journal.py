@@ -76,6 +76,14 @@ def test_a_cut_drops_later_steps_and_nothing_else(
     assert not path.with_name(f"{path.name}.cut").exists()
 
 
+def test_a_cut_keeps_starts_and_says_how_many_steps_are_run_again(tmp: Path) -> None:
+    content = [{"kind": "start", "step": 4, "time": 1.0}, *({"step": k, "time": 2.0} for k in range(1, 8))]
+    opened = Journal(filled(tmp, content))
+    assert [opened.cut(step) for step in (9, 7, 5, 2)] == [0, 0, 2, 3]
+    opened.close()
+    assert [record["step"] for record in read(opened.path)] == [4, 1, 2]
+
+
 @given(content=records, tail=torn, after=records)
 def test_a_new_writer_repairs_the_tail(tmp: Path, content: list[dict], tail: bytes, after: list[dict]) -> None:
     path = filled(tmp, content, tail)

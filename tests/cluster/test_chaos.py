@@ -1,0 +1,100 @@
+"""A run under fire is the run that nobody touched; and the harness that says so sees what is wrong."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mae_dist.track import journal
+from mae_dist.train.checkpoint import committed
+from tests.cluster import chaos, laws, scene
+
+pytestmark = pytest.mark.dist
+SEEDS = [1]  # more: make chaos SEEDS="1 2 3"
+FAULTS = 5
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return scene.make_shards(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards) -> Path:
+    return chaos.undisturbed(shards.parent, shards, ranks=2, engine=[])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_under_fire_is_the_run_that_nobody_touched(shards, undisturbed, tmp_path, seed):
+    draw = random.Random(seed)
+    kinds = [kind for kind in chaos.KINDS if kind not in ("mlflow gone", *([] if scene.can_mount() else ["disk full"]))]
+    run = scene.Scene(tmp_path / "run", shards, draw, 2, [], undisturbed)
+    faults, wrong = chaos.chaos(run, chaos.draw_kinds(draw, kinds, FAULTS))
+    assert not wrong, "\n".join([*map(str, faults), *wrong])
+    assert len(faults) >= 3 and run.attempts > len(faults) / 2
+    assert max(fault.lost for fault in faults) <= 4 * scene.SAVE_EVERY  # a full disk may cost two saves
+
+
+def copy(undisturbed: Path, to: Path) -> Path:
+    """The undisturbed run, to be damaged."""
+    shutil.copytree(undisturbed, to / "damaged")
+    return to / "damaged"
+
+
+def law_3(folder: Path, undisturbed: Path, shards: Path) -> str:
+    found = laws.law_3(
+        folder / "audit", undisturbed / "audit", shards, scene.HELD_OUT, scene.SEED, scene.BATCH, scene.STEPS
+    )
+    return "\n".join(found)
+
+
+def test_what_is_whole_is_found_whole(shards, undisturbed):
+    run = undisturbed / "runs" / "t"
+    assert not laws.law_1(run, run) and not laws.law_4(run, run) and not laws.tidy(run)
+    assert not law_3(undisturbed, undisturbed, shards)
+
+
+def test_another_loss_in_the_last_digit_is_seen(undisturbed, tmp_path):
+    run = copy(undisturbed, tmp_path) / "runs" / "t"
+    records = list(journal.read(run / "journal.jsonl"))
+    loss = next(r for r in records if r.get("step") == 30 and "loss/train" in r.get("metrics", {}))
+    loss["metrics"]["loss/train"] *= 1 + 2**-51
+    (run / "journal.jsonl").write_text("".join(json.dumps(journal.to_json(r)) + "\n" for r in records))
+    assert "loss/train differs at 1 steps, first at 30" in "\n".join(laws.law_1(run, undisturbed / "runs" / "t"))
+
+
+def test_one_wrong_bit_and_one_missing_file_in_a_checkpoint_are_seen(undisturbed, tmp_path):
+    run, whole = copy(undisturbed, tmp_path) / "runs" / "t", undisturbed / "runs" / "t"
+    weights = committed(run / "checkpoints")[3] / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    next(committed(run / "checkpoints")[5].glob("optimizer-00001*")).unlink()
+    wrong = laws.law_4(run, whole)
+    assert len(wrong) == 2 and "step-00000004" in wrong[0] and "step-00000006" in wrong[1]
+
+
+def test_a_sample_that_is_lost_repeated_or_another_is_seen(shards, undisturbed, tmp_path):
+    folder = copy(undisturbed, tmp_path)
+    audit = folder / "audit" / "001-1.jsonl"
+    lines = audit.read_text().splitlines(keepends=True)
+    audit.write_text("".join(lines[:7] + lines[8:]))
+    assert f"samples lost: {scene.BATCH // 2}, repeated: 0" in law_3(folder, undisturbed, shards)
+    audit.write_text("".join([*lines[:7], lines[6].replace('"step": 7', '"step": 8'), *lines[8:]]))
+    assert f"samples lost: {scene.BATCH // 2}, repeated: {scene.BATCH // 2}" in law_3(folder, undisturbed, shards)
+    record = json.loads(lines[7])
+    audit.write_text("".join([*lines[:7], json.dumps(record | {"pixels": "0"}) + "\n", *lines[8:]]))
+    assert law_3(folder, undisturbed, shards) == "law 3: step 8: other samples or pixels on some rank"
+
+
+def test_a_step_that_was_rolled_back_counts_for_the_attempt_that_did_it_last(shards, undisturbed, tmp_path):
+    folder = copy(undisturbed, tmp_path)
+    for rank in (0, 1):
+        lines = (folder / "audit" / f"001-{rank}.jsonl").read_text().splitlines(keepends=True)
+        (folder / "audit" / f"001-{rank}.jsonl").write_text("".join(lines[:33]) + lines[33][:20])  # torn by the kill
+        (folder / "audit" / f"002-{rank}.jsonl").write_text("".join(lines[30:]))
+    assert not law_3(folder, undisturbed, shards)
+    (folder / "audit" / "002-1.jsonl").unlink()
+    assert "step 31 was made by ranks of two attempts" in law_3(folder, undisturbed, shards)
