@@ -139,5 +139,5 @@ def test_print_config_is_a_config(tmp_path):
 
 def test_help_names_every_key():
     text = mae_dist("pretrain", "--help").stdout
-    missing = [key for key in config.KEYS if f"--{key}" not in text]
+    missing = [key for key in config.keys_of(config.Config) if f"--{key}" not in text]
     assert not missing

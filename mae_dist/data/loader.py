@@ -1,7 +1,7 @@
 """Batches of uint8 pixels from worker processes, in the order of `SampleOrder`."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -149,7 +149,8 @@ class ImageStream:
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
     and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. `node`:
     the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image is listed in `bad` and
-    replaced by another of its window; without `bad` it raises UserError.
+    replaced by another of its window; without `bad` it raises UserError. `views(epochs, samples)`: how samples are seen,
+    instead of a random crop and flip.
     """
 
     def __init__(
@@ -166,10 +167,11 @@ class ImageStream:
         pin_memory: bool = False,
         bad: BadSamples | None = None,
         node: range | None = None,
+        views: Callable[[Ints, Ints], list[View]] | None = None,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         self.positions = partial(rank_positions, start, global_batch_size, accumulate, rank, world_size)
-        views = partial(random_views, config=config, seed=seed)
+        views = views or partial(random_views, config=config, seed=seed)
         replace = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
         )
@@ -206,11 +208,18 @@ def evaluation_batches(
 
     An unreadable image is listed in `bad` and replaced by another; without `bad` it raises UserError.
     """
+    mine = range(rank, int(source.counts.sum()), world_size)
+    positions = [np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    return centred_batches(source, size, config, positions, bad)
+
+
+def centred_batches(
+    source: Source, size: tuple[int, int], config: DataConfig, positions: Sequence[Ints], bad: BadSamples | None = None
+) -> Iterator[Batch]:
+    """A batch of centred views for each array of positions in file order; see `evaluation_batches`."""
     order = FileOrder(source.counts)
-    mine = range(rank, order.num_samples, world_size)
-    positions = (np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size))
-    workers = min(config.workers, -(-len(mine) // batch_size))
     views = partial(centre_views, size=size, config=config)
     replace = partial(stand_ins, seed=0, num_samples=order.num_samples)
     maker = Views(source, order.lookup, views, replace, size, config, bad)
-    return _batches(maker, positions, workers, batch_size)
+    largest = max(map(len, positions), default=0)
+    return _batches(maker, positions, min(config.workers, len(positions)), largest)

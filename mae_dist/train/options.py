@@ -28,6 +28,9 @@ class TrainConfig:
     """Steps between lines, journal entries and checks for a stop."""
     eval_every: int = 1000
     """Steps between validation losses and reconstruction pictures; the last step always has them."""
+    knn_every: float | None = None
+    """Epochs between k-NN accuracies (k=20) on labelled data.val_shards, of at most 10,000 training and held-out images
+    each; the last step then has one too. null: none."""
     save_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 3
@@ -46,6 +49,8 @@ class TrainConfig:
         for field in ("global_batch_size", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped"):
             if getattr(self, field) < 1:
                 raise UserError(f"train.{field}: {getattr(self, field)}: write a number of at least 1")
+        if self.knn_every is not None and self.knn_every <= 0:
+            raise UserError(f"train.knn_every: {self.knn_every}: write epochs above 0, or null")
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("train: epochs must be above 0 and steps at least 1")
 

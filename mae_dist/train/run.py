@@ -4,12 +4,13 @@ import math
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 import mae_dist
-from mae_dist.config import Config, flat
+from mae_dist.config import Config, flat, to_yaml
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, NativeEngine, World, restore
@@ -27,7 +28,7 @@ from mae_dist.train.validate import Validation
 FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
-    "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
+    "train.knn_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped", "train.accept_changes",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
 ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window")
@@ -134,6 +135,13 @@ def _train_and_report(run: Run) -> int:
 
 def resume(config: Config, checkpoint: Path, engine: Engine, meta: dict) -> int:
     """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
+    step = check_resume(config, checkpoint, meta)
+    restore(engine, checkpoint)
+    return step
+
+
+def check_resume(config: Any, checkpoint: Path, meta: dict) -> int:
+    """The updates behind a checkpoint of a run. Raises UserError when config or data are not the run's."""
     saved = read_meta(checkpoint)
     order = [(key, was, meta["order"].get(key)) for key, was in saved.get("order", {}).items()]
     changes = [f"{key} (was {was}, now {now})" for key, was, now in order if was != now]
@@ -145,17 +153,16 @@ def resume(config: Config, checkpoint: Path, engine: Engine, meta: dict) -> int:
             f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
             "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
         )
-    restore(engine, checkpoint)
     return saved["step"]
 
 
-def changed(config: Config) -> list[str]:
+def changed(config: Any) -> list[str]:
     """The keys that decide the numbers of a run and are not what its `config.yaml` says."""
     path = config.train.run_dir / CONFIG_FILE
     if not path.is_file():
         return []
     before = yaml.safe_load(path.read_text())
-    now = yaml.safe_load(config.to_yaml())
+    now = yaml.safe_load(to_yaml(config))
     different = []
     for key, _ in flat(config):
         section, name = key.split(".")
@@ -167,13 +174,17 @@ def changed(config: Config) -> list[str]:
 
 def open_journal(config: Config, world: World, start: int) -> Journal:
     """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
-    run_dir = config.train.run_dir
-    journal = Journal(run_dir / "journal.jsonl")
+    journal = Journal(config.train.run_dir / "journal.jsonl")
     journal.cut(start)
-    aside = run_dir / f".{CONFIG_FILE}"
-    aside.write_text(config.to_yaml())
-    aside.rename(run_dir / CONFIG_FILE)
+    save_config(config)
     return journal
+
+
+def save_config(config: Any) -> None:
+    """Write the resolved config into its run directory, whole or not at all."""
+    aside = config.train.run_dir / f".{CONFIG_FILE}"
+    aside.write_text(to_yaml(config))
+    aside.rename(config.train.run_dir / CONFIG_FILE)
 
 
 def describe(run: Run) -> None:
