@@ -20,7 +20,7 @@ def labels_of(source: Source) -> Ints:
     if isinstance(source, SubsetSource):
         return labels_of(source.source)[source.kept]
     if not isinstance(source, ShardSource):
-        raise UserError("evaluation needs labelled shards: --data.shards SHARDS, made by mae-dist shard or index")
+        raise UserError("evaluation needs labelled shards with a manifest, made by mae-dist shard or mae-dist index")
     manifest = source.store.manifest
     tables = [np.load(manifest.index_path(shard), mmap_mode="r")[:, 2] for shard in range(len(manifest.shards))]
     labels = np.concatenate(tables).astype(np.int64)

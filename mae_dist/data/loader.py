@@ -149,8 +149,8 @@ class ImageStream:
     `source`: where pixels come from. `size`: (height, width) of the views. Which samples come, and how each is cropped
     and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch. `node`:
     the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image is listed in `bad` and
-    replaced by another of its window; without `bad` it raises UserError. `views(epochs, samples)`: how samples are seen,
-    instead of a random crop and flip.
+    replaced by another of its window; without `bad` it raises UserError. `views(epochs, samples)`: how samples are
+    seen, instead of a random crop and flip.
     """
 
     def __init__(

@@ -7,14 +7,15 @@ Mixup and cutmix pair the images of one micro-batch, so their pairs depend on ho
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data import auto_augment
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -68,11 +69,26 @@ def replace_after(view: View, after: Callable[[Tensor], Tensor]) -> View:
     return view._replace(after=after)
 
 
+@lru_cache
+def rand_augmentation(spec: str, translate: int, fill: tuple[int, ...]) -> RandAugment:
+    """timm's own, with the posterize that it was made for."""
+    hparams: dict[str, Any] = {"translate_const": translate, "img_mean": fill}
+    made = rand_augment_transform(spec, hparams | {"interpolation": Image.Resampling.BICUBIC})
+    for op in made.ops:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize
+    return made
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm asks for 0 bits at full magnitude: black, which PIL from 12 on refuses to make."""
+    return image if bits >= 8 else image.point(lambda value: value & ~(2 ** (8 - bits) - 1))
+
+
 def rand_augment(pixels: Tensor, spec: str, fill: tuple[int, ...], key: int) -> Tensor:
     """timm's RandAugment of (1 or 3, H, W) uint8."""
     channels, height, width = pixels.shape
-    hparams: dict[str, Any] = {"translate_const": int(min(height, width) * 0.45), "img_mean": fill}
-    transform = rand_augment_transform(spec, hparams | {"interpolation": Image.Resampling.BICUBIC})
+    transform = rand_augmentation(spec, int(min(height, width) * 0.45), fill)
     image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy()).convert("RGB")
     with seeded(key):
         image = transform(image)

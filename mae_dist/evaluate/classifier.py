@@ -17,7 +17,7 @@ HEAD_STD = 2e-5  # of the official code: a head that says nothing at first
 
 
 class Coins:
-    """Uniform numbers of the batch that is being computed, (B, 2 * depth); shared by all `KeyedDropPath`s of a model."""
+    """Uniform numbers of the batch being computed, (B, 2 * depth); shared by all `KeyedDropPath`s of a model."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None

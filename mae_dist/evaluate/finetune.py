@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm import optim as timm_optim
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
-from timm import optim as timm_optim
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

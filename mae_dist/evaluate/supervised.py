@@ -44,7 +44,8 @@ Views = Callable[[NDArray[np.int64], NDArray[np.int64]], list[View]]
 def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: float) -> tuple[Pretrained, Any]:
     """The checkpoint and the config of `mae-dist linear|finetune RUN ...`.
 
-    `batch`, `epochs`: of the recipe. Data and crops are those of the pretraining run where the command line and its --config files say nothing else.
+    `batch`, `epochs`: of the recipe. Data and crops are those of the pretraining run where the command line and its
+    --config files say nothing else.
     """
     prog = f"mae-dist {name}"
     if not arguments or arguments[0].startswith("-"):

@@ -16,6 +16,7 @@ from mae_dist.model.masking import mask_noise
 from mae_dist.track.journal import Journal
 from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.health import check_skipped
+from mae_dist.train.knn import KnnWatch
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress
 from mae_dist.train.schedule import CosineSchedule
@@ -55,6 +56,8 @@ class Run:
     meta: dict
     """Saved with each checkpoint."""
     validation: Validation
+    knn: KnnWatch | None
+    """None: `train.knn_every` is not set."""
     journal: Journal | None
     """On rank 0 only."""
     stop: StopRequest
@@ -89,6 +92,8 @@ def train(run: Run) -> None:
         began = time.perf_counter()
         if last or done % config.eval_every == 0:
             run.validation.run(done, run.engine, run.journal)
+        if run.knn and (last or run.knn.due(done)):
+            run.knn.run(done, run.engine, run.journal)
         if last or stop or done % config.save_every == 0:
             save(run, done)
         meters.pause(time.perf_counter() - began)

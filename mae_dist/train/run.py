@@ -19,6 +19,7 @@ from mae_dist.model import MAE
 from mae_dist.track.journal import Journal
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.checkpoint import Checkpoints, read_meta
+from mae_dist.train.knn import KnnWatch
 from mae_dist.train.loop import Run, Stopped, train
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import StopRequest
@@ -81,6 +82,10 @@ def _train(
         sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
         world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
+    micro = batch // world.size // accumulate
+    knn = None
+    if config.train.knn_every:
+        knn = KnnWatch(config, sources[0], sources[1], micro, epoch_steps, world, bad)
     run = Run(
         config=config,
         world=world,
@@ -96,7 +101,8 @@ def _train(
         schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
         checkpoints=checkpoints,
         meta=meta,
-        validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world, bad),
+        validation=Validation(config, sources[1], sources[0], micro, world, bad),
+        knn=knn,
         journal=open_journal(config, world, start) if world.is_main else None,
         stop=stop,
     )
