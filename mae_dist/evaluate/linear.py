@@ -13,10 +13,7 @@ from mae_dist.evaluate.lars import LARS
 from mae_dist.evaluate.learner import Learner
 from mae_dist.evaluate.options import LinearConfig
 from mae_dist.evaluate.supervised import load, train
-from mae_dist.evaluate.sweep import sweep
-
-HEAD_STD = 0.01  # of the first weights
-EPS = 1e-6
+from mae_dist.evaluate.sweep import EPS, first_weight, sweep
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -45,10 +42,10 @@ class LinearProbe(Learner):
     def __init__(
         self, features: Extract, dim: int, config: LinearConfig, world: World, num_classes: int, accumulate: int
     ):
-        torch.manual_seed(config.train.seed)
         linear = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(linear.weight, std=HEAD_STD)
-        nn.init.zeros_(linear.bias)
+        linear.load_state_dict(
+            {"weight": first_weight(dim, num_classes, config.train.seed), "bias": torch.zeros(num_classes)}
+        )
         head = nn.Sequential(GlobalBatchNorm(dim, world), linear).to(world.device)
         optim = config.optim
         optimizer = LARS(head.parameters(), weight_decay=optim.weight_decay, momentum=optim.momentum)

@@ -57,10 +57,15 @@ class Heads:
         return world.sum(right).double() / len(features)
 
 
+def first_weight(dim: int, num_classes: int, seed: int) -> Tensor:
+    """(C, D), as the official code begins; the bias begins at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.init.trunc_normal_(torch.empty(num_classes, dim), std=HEAD_STD, generator=generator)
+
+
 def first_heads(count: int, dim: int, num_classes: int, seed: int, device: torch.device) -> Heads:
     """All begin with the same weights, as each would alone."""
-    torch.manual_seed(seed)
-    weight = torch.nn.init.trunc_normal_(torch.empty(num_classes, dim), std=HEAD_STD).to(device)
+    weight = first_weight(dim, num_classes, seed).to(device)
     zeros = torch.zeros(count, num_classes, device=device)
     statistics = torch.zeros(dim, device=device), torch.ones(dim, device=device)
     return Heads(weight.expand(count, -1, -1).clone(), zeros, *statistics)
