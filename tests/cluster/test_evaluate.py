@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mae_dist.cli import COMMANDS
+from mae_dist.errors import UserError
 from mae_dist.train.checkpoint import committed
+from mae_dist.train.stop import SIGNALS
 from tests.conftest import TINY, mae_dist
 
 pytestmark = pytest.mark.dist
@@ -40,7 +43,7 @@ def pretrain(shards: Path, runs: Path, *more: str, processes: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(shards, tmp_path_factory) -> Path:
-    """A run whose k-NN accuracy was measured each epoch (3 updates of 36 images), by two processes."""
+    """A run whose k-NN accuracy was measured each epoch (3.33 updates), by two processes."""
     return pretrain(shards, tmp_path_factory.mktemp("runs"), "--train.knn_every=1", processes=2)
 
 
@@ -50,7 +53,7 @@ def run(pretrained, tmp_path) -> Path:
     return Path(shutil.copytree(pretrained, tmp_path / "t"))
 
 
-def finetune(run: Path, *more: str, processes: int = 0, check: bool = True):
+def finetune(run: Path, *more: str, processes: int = 0):
     arguments = [
         "--per-class=8",
         "--optim.ema=0.9",
@@ -59,7 +62,7 @@ def finetune(run: Path, *more: str, processes: int = 0, check: bool = True):
         "--optim.lr=1e-3",
     ]
     arguments += ["--train.save_every=2", "--train.eval_every=3", "--train.log_every=1", "--train.keep_checkpoints=9"]
-    return mae_dist("finetune", run, *arguments, *more, processes=processes, check=check)
+    return mae_dist("finetune", run, *arguments, *more, processes=processes, timeout=300)
 
 
 def final(run: Path, name: str) -> dict[str, dict]:
@@ -77,7 +80,7 @@ def same(a: dict[str, dict], b: dict[str, dict]) -> bool:
 def test_knn_while_pretraining_is_the_same_on_any_number_of_processes(pretrained, shards, tmp_path):
     alone = pretrain(shards, tmp_path, "--train.knn_every=1")
     found = metrics(alone, "eval/knn")
-    assert sorted(found) == [(3, "eval/knn"), (6, "eval/knn")]
+    assert sorted(found) == [(4, "eval/knn"), (6, "eval/knn")]  # 3.33 updates an epoch; and the last
     assert found == metrics(pretrained, "eval/knn")
 
 
@@ -147,6 +150,15 @@ def test_the_linear_probe_is_the_same_on_two_processes_up_to_rounding(run):
         assert one[key] == pytest.approx(two[key], rel=1e-4)
 
 
+@pytest.fixture
+def handlers():
+    """What a command does with signals ends with it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -159,11 +171,11 @@ def test_the_linear_probe_is_the_same_on_two_processes_up_to_rounding(run):
         (["linear", "RUN", "--train.knn_every=1"], "is for pretraining"),
     ],
 )
-def test_mistakes_are_said_in_a_line(pretrained, arguments, says):
-    words = [str(pretrained) if word == "RUN" else word for word in arguments]
-    failed = mae_dist(*words, check=False)
-    assert failed.returncode == 2
-    assert says in failed.stderr and failed.stderr.count("\n") == 1
+def test_mistakes_are_said_in_a_line(pretrained, arguments, says, handlers):
+    command, *words = [str(pretrained) if word == "RUN" else word for word in arguments]
+    with pytest.raises(UserError) as caught:
+        COMMANDS[command](words)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_evaluations_are_children_of_the_run_in_mlflow(run, monkeypatch):
