@@ -1,7 +1,8 @@
 """Batches of uint8 pixels from worker processes, in the order of `SampleOrder`."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -209,17 +210,22 @@ def evaluation_batches(
     An unreadable image is listed in `bad` and replaced by another; without `bad` it raises UserError.
     """
     mine = range(rank, int(source.counts.sum()), world_size)
-    positions = [np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    return centred_batches(source, size, config, positions, bad)
+    positions = (np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size))
+    workers = min(config.workers, -(-len(mine) // batch_size))
+    return centred_batches(source, size, replace(config, workers=workers), positions, batch_size, bad)
 
 
 def centred_batches(
-    source: Source, size: tuple[int, int], config: DataConfig, positions: Sequence[Ints], bad: BadSamples | None = None
+    source: Source,
+    size: tuple[int, int],
+    config: DataConfig,
+    positions: Iterable[Ints],
+    batch_size: int,
+    bad: BadSamples | None = None,
 ) -> Iterator[Batch]:
-    """A batch of centred views for each array of positions in file order; see `evaluation_batches`."""
+    """A batch of centred views for each array of at most `batch_size` places in file order; see `evaluation_batches`."""
     order = FileOrder(source.counts)
     views = partial(centre_views, size=size, config=config)
-    replace = partial(stand_ins, seed=0, num_samples=order.num_samples)
-    maker = Views(source, order.lookup, views, replace, size, config, bad)
-    largest = max(map(len, positions), default=0)
-    return _batches(maker, positions, min(config.workers, len(positions)), largest)
+    others = partial(stand_ins, seed=0, num_samples=order.num_samples)
+    maker = Views(source, order.lookup, views, others, size, config, bad)
+    return _batches(maker, positions, config.workers, batch_size)

@@ -114,7 +114,7 @@ def _make(
     normalise = Normalise(config.data, world.device)
     spans = [range(block * BLOCK, min((block + 1) * BLOCK, features.count)) for block in mine]
     positions = [np.array(span[i : i + BATCH]) for span in spans for i in range(0, len(span), BATCH)]
-    batches = centred_batches(source, config.model.height_width, config.data, positions, bad)
+    batches = centred_batches(source, config.model.height_width, config.data, positions, BATCH, bad)
     total = sum(map(len, spans))
     with tqdm(total=total, unit="img", desc="features", leave=False, disable=not world.is_main) as bar:
         for block, span in zip(mine, spans, strict=True):

@@ -86,7 +86,9 @@ class KnnWatch:
         dim = model.encoder.embed_dim
         rows = [torch.empty(0, dim, device=self.world.device)]
         labels = [torch.empty(0, dtype=torch.int64)]
-        for batch in centred_batches(source, self.config.model.height_width, self.config.data, batches, self.bad):
+        for batch in centred_batches(
+            source, self.config.model.height_width, self.config.data, batches, self.batch_size, self.bad
+        ):
             with engine.autocast:
                 tokens = model.encode(self.normalise(batch.images.to(self.world.device)))
             rows.append(tokens[:, 1:].mean(dim=1).float())
