@@ -173,10 +173,10 @@ class ImageStream:
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         self.positions = partial(rank_positions, start, global_batch_size, accumulate, rank, world_size)
         views = views or partial(random_views, config=config, seed=seed)
-        replace = partial(
+        others = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
         )
-        self.views = Views(source, self.order.lookup, views, replace, size, config, bad)
+        self.views = Views(source, self.order.lookup, views, others, size, config, bad)
         self.workers, self.pin_memory = config.workers, pin_memory
         self.batch_size = global_batch_size // world_size // accumulate
         ranks = range(rank, rank + 1) if node is None else node
@@ -223,7 +223,7 @@ def centred_batches(
     batch_size: int,
     bad: BadSamples | None = None,
 ) -> Iterator[Batch]:
-    """A batch of centred views for each array of at most `batch_size` places in file order; see `evaluation_batches`."""
+    """A batch of centred views for each array of up to `batch_size` places in file order; see `evaluation_batches`."""
     order = FileOrder(source.counts)
     views = partial(centre_views, size=size, config=config)
     others = partial(stand_ins, seed=0, num_samples=order.num_samples)
