@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks.step import keep_memory, machine
 from mae_dist import config as configs
-from mae_dist.engine import World
+from mae_dist.engine import World, capture, state_bytes
 from mae_dist.engine.native import NativeEngine
 from mae_dist.model import MAE
 from mae_dist.train.checkpoint import Checkpoints, committed, problems
@@ -49,7 +50,8 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
     steps(args.warmup)
     checkpoints = Checkpoints(directory, world, keep=1)
-    ways = {"background": Saver(checkpoints, engine, True), "waited_for": Saver(checkpoints, engine, False)}
+    saver = partial(Saver, checkpoints, partial(capture, engine), state_bytes(engine))
+    ways = {"background": saver(True), "waited_for": saver(False)}
     found: dict[str, dict[str, list[float]]] = {way: {"stall_s": [], "write_s": [], "lost_s": []} for way in ways}
     plain, size = [], 0
     for saved in range(-1, args.rounds * 2):  # the first one warms up: pinned memory, the allocator

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Pretrain on this node, or on NNODES nodes when the same line is run on each of them.
+# Pretrain (or evaluate) on this node, or on NNODES nodes when the same line is run on each of them.
 #
 #   launch/torchrun.sh --config configs/vit_b16.yaml [--section.key value ...]
 #
-# Everything after the script's name goes to `python -m mae_dist pretrain`. These variables say where it runs:
+#   COMMAND=finetune launch/torchrun.sh runs/vit_b16 --config configs/finetune_vit_b16.yaml [...]
+#
+# Everything after the script's name goes to `python -m mae_dist pretrain`. These variables say what runs and where:
+#   COMMAND      pretrain, knn, linear or finetune    default: pretrain
 #   NPROC        processes on this node    default: one a visible GPU; 1 where there is none
 #   NNODES       nodes in all, or MIN:MAX  default: 1
 #   NODE_RANK    this node, 0..NNODES-1    needed when NNODES > 1; not for MIN:MAX
@@ -104,4 +107,4 @@ echo "launch/torchrun.sh: node ${NODE_RANK:-0} of $NNODES${MASTER_ADDR:+ (node 0
 exec "$PYTHON" -m mae_dist.launch --nnodes="$NNODES" --nproc-per-node="$NPROC" "${rendezvous[@]}" \
   --max-restarts="${MAX_RESTARTS:-0}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  -m mae_dist pretrain "$@"
+  -m mae_dist "${COMMAND:-pretrain}" "$@"

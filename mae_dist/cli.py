@@ -22,7 +22,9 @@ USAGE = """usage: mae-dist COMMAND ...
   verify       read shards again and list what is wrong with them
   info         what is in a directory of shards, with a contact sheet if wanted
   pretrain     shards -> a pretrained encoder (alone, or on every process that torchrun starts)
-  knn          k-NN accuracy of a run's frozen encoder, beside raw pixels and the untrained encoder
+  knn          k-NN accuracy of a run's frozen encoder
+  linear       linear probe of a run's frozen encoder; --sweep: many learning rates at once
+  finetune     train a run's encoder further on labels, or the same network from scratch
   export       a run's weights -> the files of facebookresearch/mae, timm or Hugging Face
   import       their weights -> a run, for knn, reconstruct and going on with pretraining
   reconstruct  a picture of what a run's model makes of masked images
@@ -168,16 +170,38 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 
 def knn(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist knn", description="k-NN accuracy of a run's frozen encoder.")
+    parser = Parser("mae-dist knn", description="Exact k-NN accuracy of a run's frozen encoder; also under torchrun.")
+    kinds = ("pretrained", "untrained", "pixels")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
-    parser.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to vote, local or an URL")
-    parser.add_argument("--test", required=True, metavar="SHARDS", help="labelled shards to classify, likewise")
-    parser.add_argument("--k", type=int, default=20, help="neighbours (%(default)s)")
-    given = parser.parse_args(arguments)
-    from mae_dist.evaluate.knn import as_text, compare
+    parser.add_argument("--train", metavar="SHARDS", help="labelled shards to vote, local or an URL (the run's own)")
+    parser.add_argument("--test", metavar="SHARDS", help="labelled shards to classify (the run's held-out ones)")
+    parser.add_argument("--k", dest="ks", type=int, nargs="+", default=(10, 20, 100, 200), help="neighbours")
+    parser.add_argument("--of", nargs="+", choices=kinds, default=kinds[:1], help="features (pretrained)")
+    parser.add_argument("--pool", choices=("mean", "cls"), default="mean", help="patch tokens' mean or class token")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of each class's training labels (1)")
+    parser.add_argument("--per-class", type=int, metavar="N", help="training labels a class (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="of that choice; the mean is shown (0)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (the run's own)")
+    given = vars(parser.parse_args(arguments))
+    from mae_dist.evaluate.knn import Question
+    from mae_dist.evaluate.knn import knn as evaluate
 
-    print(as_text(compare(given.run, given.train, given.test, given.k), given.k))
+    run, train, test, precision = (given.pop(name) for name in ("run", "train", "test", "precision"))
+    if text := evaluate(run, train, test, Question(**given), precision):
+        print(text)
     return 0
+
+
+def linear(arguments: Sequence[str]) -> int:
+    from mae_dist.evaluate.linear import linear as probe
+
+    return probe(arguments)
+
+
+def finetune(arguments: Sequence[str]) -> int:
+    from mae_dist.evaluate.finetune import finetune as tune
+
+    return tune(arguments)
 
 
 def size(text: str) -> int | tuple[int, int]:
@@ -286,6 +310,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "info": info,
     "pretrain": pretrain,
     "knn": knn,
+    "linear": linear,
+    "finetune": finetune,
     "export": export,
     "import": import_,
     "reconstruct": reconstruct,

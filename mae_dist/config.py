@@ -8,12 +8,13 @@ import dataclasses
 import math
 import re
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher, get_close_matches
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -26,6 +27,7 @@ from mae_dist.model import MAEConfig
 from mae_dist.track import TrackConfig
 from mae_dist.train.options import TrainConfig
 
+C = TypeVar("C")
 ENVIRONMENT_PREFIX = "MAE_DIST"  # MAE_DIST_TRAIN__SEED=1
 
 
@@ -60,7 +62,12 @@ class Config:
 
     def to_yaml(self) -> str:
         """Every value, defaults too; loading it gives this config again."""
-        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
+        return to_yaml(self)
+
+
+def to_yaml(config: Any) -> str:
+    """Every value of a config dataclass as YAML."""
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def plain(value: Any) -> Any:
@@ -80,11 +87,14 @@ def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + f.name, value
 
 
-KEYS = [key for key, _ in flat(Config())]
+@lru_cache
+def keys_of(kind: type) -> list[str]:
+    """Every key of a config dataclass: section.name."""
+    return [key for key, _ in flat(kind())]
 
 
-def parser(prog: str = "mae-dist pretrain") -> ArgumentParser:
-    """The command line of everything that takes a config."""
+def parser(prog: str = "mae-dist pretrain", kind: type = Config) -> ArgumentParser:
+    """The command line of everything that takes a config of this kind."""
     made = ArgumentParser(
         prog=prog,
         exit_on_error=False,
@@ -94,24 +104,31 @@ def parser(prog: str = "mae-dist pretrain") -> ArgumentParser:
         f"({ENVIRONMENT_PREFIX}_DATA__SHARDS=DIR); the command line wins, then --config files, then the environment.",
     )
     made.add_argument("--config", action="config", help="YAML file; may be given several times, later files win.")
-    made.add_class_arguments(Config)
+    made.add_class_arguments(kind)
     return made
 
 
-def load(arguments: Sequence[str], prog: str = "mae-dist pretrain") -> Config:
+def load(
+    arguments: Sequence[str],
+    prog: str = "mae-dist pretrain",
+    kind: type[C] = Config,
+    defaults: Mapping[str, Any] | None = None,
+) -> C:
     """The config of a command line. `--help` and `--print_config` print and exit 0.
 
+    `kind`: the dataclass of its sections. `defaults`: values of keys that win over the dataclass's own only.
     Raises UserError with the file or option, the key, what was expected, and the nearest key for a misspelt one.
     """
     for path in config_files(arguments):
-        check_file(Path(path))
+        check_file(Path(path), kind)
     for option in (argument.split("=")[0] for argument in arguments):
         if option.startswith("--") and "." in option:
-            check_key(option[2:], "--")
-    made = parser(prog)
+            check_key(option[2:], "--", kind)
+    made = parser(prog, kind)
+    made.set_defaults(dict(defaults or {}))
     try:
         sections = made.instantiate(made.parse_args(list(arguments)))
-        return Config(**{f.name: sections[f.name] for f in dataclasses.fields(Config)})
+        return kind(**{f.name: sections[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
     except (ArgumentError, TypeError) as error:
         raise UserError(readable(str(error), "")) from None
 
@@ -124,7 +141,7 @@ def config_files(arguments: Sequence[str]) -> list[str]:
     return [value for option, value in pairwise(spread) if option == "--config"]
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, kind: type = Config) -> None:
     """Parse one file alone, so that a message can name it."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -141,27 +158,28 @@ def check_file(path: Path) -> None:
     for section, values in content.items():
         keys = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
         for key in keys:
-            check_key(key, f"{path}: ")
+            check_key(key, f"{path}: ", kind)
     try:
-        parser().parse_object(content)
+        parser(kind=kind).parse_object(content)
     except (ArgumentError, TypeError) as error:
         raise UserError(readable(str(error), f"{path}: ")) from None
 
 
-def check_key(key: str, where: str) -> None:
+def check_key(key: str, where: str, kind: type = Config) -> None:
     """Raise UserError when no config has this key, with the nearest one."""
-    sections = [f.name for f in dataclasses.fields(Config)]
-    if key in KEYS:
+    sections = [f.name for f in dataclasses.fields(kind)]
+    keys = keys_of(kind)
+    if key in keys:
         return
     if key in sections:
         raise UserError(f"{where}{key}: is a section; write its keys indented below it")
     section, _, name = key.rpartition(".")
     similar = {
-        k: SequenceMatcher(None, name, k.split(".")[1]).ratio() + 0.1 * (k.split(".")[0] == section) for k in KEYS
+        k: SequenceMatcher(None, name, k.split(".")[1]).ratio() + 0.1 * (k.split(".")[0] == section) for k in keys
     }
-    best = sorted((k for k in KEYS if similar[k] >= 0.65), key=lambda k: -similar[k])
+    best = sorted((k for k in keys if similar[k] >= 0.65), key=lambda k: -similar[k])
     if section not in sections:
-        near = get_close_matches(key, [*sections, *KEYS], n=1)
+        near = get_close_matches(key, [*sections, *keys], n=1)
     else:  # one clear answer, or a few
         near = best[:1] if best and similar[best[0]] > 0.9 else best[:4]
     hint = f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(sections)}"

@@ -34,6 +34,8 @@ def random_box(height: int, width: int, config: DataConfig, u: NDArray[np.float6
         area = height * width * (low + (high - low) * a)
         ratio = math.exp(log_low + (log_high - log_low) * b)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if config.crop_clip:
+            w, h = min(w, width), min(h, height)
         if 0 < w <= width and 0 < h <= height:
             return int(c * (height - h + 1)), int(d * (width - w + 1)), h, w
     # The largest centred crop whose shape is allowed.
@@ -58,6 +60,8 @@ class View(NamedTuple):
     choose: Callable[[int, int], Box]
     """(height, width) of the image to the box that is cut out of it."""
     flip: bool
+    after: Callable[[Tensor], Tensor] | None = None
+    """What is done to the pixels at last, (C, H, W) uint8 to the same."""
 
 
 def enclosing(boxes: Sequence[Box]) -> Box:
@@ -96,7 +100,8 @@ def resize(crop: NDArray[np.uint8], size: tuple[int, int], decoder: Decoder = "f
 def finish(crop: NDArray[np.uint8], view: View, size: tuple[int, int], config: DataConfig) -> Tensor:
     """Resize and flip what a view has cut out: (h, w, C) uint8 to (C, *size) uint8."""
     image = resize(crop, size, config.decoder)
-    return image.flip(-1) if view.flip else image
+    image = image.flip(-1) if view.flip else image
+    return view.after(image) if view.after else image
 
 
 def augment(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -172,7 +173,8 @@ class ImageStream:
     and flipped, depend on (seed, epoch, sample) only. Yields `accumulate` micro-batches for each global batch: R =
     `config.repeated_aug` views of each of B / R samples, which has then been seen in epochs e R to e R + R - 1. `node`:
     the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image is listed in `bad` and
-    replaced by another of its window; without `bad` it raises UserError.
+    replaced by another of its window; without `bad` it raises UserError. `views(epochs, samples)`: how samples are
+    seen, instead of a random crop and flip.
     """
 
     def __init__(
@@ -189,15 +191,16 @@ class ImageStream:
         pin_memory: bool = False,
         bad: BadSamples | None = None,
         node: range | None = None,
+        views: Callable[[Ints, Ints], list[View]] | None = None,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         samples = global_batch_size // config.repeated_aug
         self.positions = partial(rank_positions, start, samples, accumulate, rank, world_size)
-        views = partial(random_views, config=config, seed=seed)
-        replace = partial(
+        views = views or partial(random_views, config=config, seed=seed)
+        others = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
         )
-        self.views = Views(source, self.order.lookup, views, replace, size, config, bad, config.repeated_aug)
+        self.views = Views(source, self.order.lookup, views, others, size, config, bad, config.repeated_aug)
         self.workers, self.pin_memory = config.workers, pin_memory
         self.batch_size = global_batch_size // world_size // accumulate
         ranks = range(rank, rank + 1) if node is None else node
@@ -228,11 +231,23 @@ def evaluation_batches(
 
     An unreadable image is listed in `bad` and replaced by another; without `bad` it raises UserError.
     """
-    order = FileOrder(source.counts)
-    mine = range(rank, order.num_samples, world_size)
+    mine = range(rank, int(source.counts.sum()), world_size)
     positions = (np.array(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size))
     workers = min(config.workers, -(-len(mine) // batch_size))
+    return centred_batches(source, size, replace(config, workers=workers), positions, batch_size, bad)
+
+
+def centred_batches(
+    source: Source,
+    size: tuple[int, int],
+    config: DataConfig,
+    positions: Iterable[Ints],
+    batch_size: int,
+    bad: BadSamples | None = None,
+) -> Iterator[Batch]:
+    """A batch of centred views for each array of up to `batch_size` places in file order; see `evaluation_batches`."""
+    order = FileOrder(source.counts)
     views = partial(centre_views, size=size, config=config)
-    replace = partial(stand_ins, seed=0, num_samples=order.num_samples)
-    maker = Views(source, order.lookup, views, replace, size, config, bad)
-    return _batches(maker, positions, workers, batch_size)
+    others = partial(stand_ins, seed=0, num_samples=order.num_samples)
+    maker = Views(source, order.lookup, views, others, size, config, bad)
+    return _batches(maker, positions, config.workers, batch_size)

@@ -28,6 +28,8 @@ class DataConfig:
     """RandomResizedCrop: range of the crop's share of the area."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     """RandomResizedCrop: range of width / height."""
+    crop_clip: bool = False
+    """Cut a crop that does not fit to the image, as the official linear probe does, instead of drawing another."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     eval_crop: float = 0.875

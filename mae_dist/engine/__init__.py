@@ -3,7 +3,7 @@
 from mae_dist.engine.base import Engine, OptimConfig, StepResult
 from mae_dist.engine.build import build_engine
 from mae_dist.engine.options import EngineConfig
-from mae_dist.engine.state import Snapshot, capture, load_weights, restore
+from mae_dist.engine.state import Snapshot, capture, load_weights, restore, state_bytes
 from mae_dist.engine.world import World
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "capture",
     "load_weights",
     "restore",
+    "state_bytes",
 ]

@@ -73,6 +73,11 @@ def capture(engine: Engine, counters: Mapping[str, Tensor] = MappingProxyType({}
     return Snapshot(weights, moments, world.rank, world.size)
 
 
+def state_bytes(engine: Engine) -> int:
+    """Of a checkpoint: a weight and two moments, float32."""
+    return 12 * sum(map(math.prod, engine.shapes.values()))
+
+
 def shares(shapes: Shapes, world_size: int) -> dict[str, int]:
     """The rank that writes each parameter's moments: neighbours together, about as many numbers a rank."""
     total, before, owners = sum(map(math.prod, shapes.values())), 0, {}

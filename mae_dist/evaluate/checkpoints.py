@@ -1,5 +1,8 @@
 """A run's checkpoint as a model to look at."""
 
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,6 +32,30 @@ def newest_of(path: Path) -> Path:
 def run_config(run: Path) -> Config:
     """The config that a run directory was started with. Raises UserError when it holds none."""
     return configs.load(["--config", str(run / CONFIG_FILE)])
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint, and the config of the run it belongs to."""
+
+    checkpoint: Path
+    config: Config
+
+    @staticmethod
+    def find(path: Path) -> "Pretrained":
+        """Of a run's directory (its newest) or of a checkpoint's. Raises UserError for neither."""
+        checkpoint = newest_of(path).resolve()
+        return Pretrained(checkpoint, load_config(checkpoint))
+
+    @property
+    def run_dir(self) -> Path:
+        return self.checkpoint.parent.parent
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights' bytes."""
+        with (self.checkpoint / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
 
 def load_config(checkpoint: Path) -> Config:

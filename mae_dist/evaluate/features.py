@@ -1,42 +1,142 @@
-"""One vector an image from a frozen encoder, or from the pixels themselves."""
+"""One vector an image, from a frozen encoder or from the pixels themselves, in blocks on disk.
 
-from collections.abc import Callable
+A block is made once, by one rank, and is there or it is not: so features are the same to the bit on any number of
+processes, each image is in them once, what was interrupted goes on, and readers need no more memory than they want.
+"""
 
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mae_dist.config import Config
-from mae_dist.data import ShardSource, evaluation_batches
+from mae_dist.data import BadSamples, Source, centred_batches
 from mae_dist.data.feed import Normalise
-from mae_dist.model import MAE
+from mae_dist.engine import World
+from mae_dist.engine.base import Precision
+from mae_dist.evaluate.checkpoints import Pretrained, trained, untrained
+
+BLOCK, BATCH = 1024, 256  # samples in a file, and encoded at once
+Kind = Literal["pretrained", "untrained", "pixels"]
+Pool = Literal["mean", "cls"]
+Extract = Callable[[Tensor], Tensor]
 
 
-def encoder_features(model: MAE) -> Callable[[Tensor], Tensor]:
-    """The mean of the patch tokens, as the paper's code pools for fine-tuning: (B, C, H, W) to (B, D)."""
-    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
+def extractor(kind: Kind, pool: Pool, encoder: Pretrained, device: torch.device) -> Extract:
+    """From normalised images (B, C, H, W) to features (B, D).
+
+    "mean" of the patch tokens, or the class token "cls", after the last norm; "pixels" are the images themselves.
+    """
+    if kind == "pixels":
+        return lambda images: images.flatten(1)
+    model = trained(encoder.checkpoint, encoder.config) if kind == "pretrained" else untrained(encoder.config)
+    model = model.to(device)
+    return lambda images: pooled(model.encode(images), pool)
 
 
-def pixel_features(images: Tensor) -> Tensor:
-    """The normalised pixels: (B, C, H, W) to (B, C*H*W)."""
-    return images.flatten(1)
+def pooled(tokens: Tensor, pool: Pool) -> Tensor:
+    """(B, 1+N, D) to (B, D)."""
+    return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+class Features:
+    """The features of a whole source: float32 (N, D) and labels (N,) int64, in file order, in blocks of 1024."""
+
+    def __init__(self, directory: Path, count: int):
+        self.directory, self.count = directory, count
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.count // BLOCK)
+
+    def path(self, block: int) -> Path:
+        return self.directory / f"block-{block:06d}.safetensors"
+
+    def read(self, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and labels (n,) of one block."""
+        held = load_file(self.path(block), device=str(device))
+        return held["features"], held["labels"]
+
+    def blocks(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self.read(block, device) for block in range(self.num_blocks))
+
+    def all(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Everything at once: (N, D), (N,)."""
+        features, labels = zip(*self.blocks(device), strict=True)
+        return torch.cat(features), torch.cat(labels)
+
+    def mean(self, device: torch.device) -> Tensor:
+        """(D,) float32, summed in float64 block after block."""
+        return (torch.stack([f.double().sum(0) for f, _ in self.blocks(device)]).sum(0) / self.count).float()
 
 
 @torch.no_grad()
 def extract(
-    features: Callable[[Tensor], Tensor],
-    source: ShardSource,
+    kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config: Config, world: World, bad: BadSamples
+) -> Features:
+    """The features of a source under `bad`'s run directory, made where they are not there yet. Collective."""
+    name = fingerprint(kind, pool, encoder, source, config)
+    features = Features(bad.path.parent / "features" / name, int(source.counts.sum()))
+    features.directory.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    there = world.broadcast([features.path(block).exists() for block in range(features.num_blocks)])
+    missing = [block for block, done in enumerate(there) if not done]
+    mine = missing[world.rank :: world.size]
+    if mine:
+        function = extractor(kind, pool, encoder, world.device)
+        _make(function, source, features, mine, config, world, bad)
+    world.barrier()
+    return features
+
+
+def _make(
+    function: Extract,
+    source: Source,
+    features: Features,
+    mine: list[int],
     config: Config,
-    device: torch.device,
-    batch_size: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) float32 and labels (N,) int64 of all images of a source, in file order, on `device`."""
-    normalise = Normalise(config.data, device)
-    rows, labels = [], []
-    batches = evaluation_batches(source, config.model.height_width, config.data, batch_size)
-    with tqdm(total=int(source.counts.sum()), unit="img", desc="features", dynamic_ncols=True, leave=False) as bar:
-        for batch in batches:
-            rows.append(features(normalise(batch.images.to(device))).float())
-            labels.append(batch.labels)
-            bar.update(len(batch.labels))
-    return torch.cat(rows), torch.cat(labels).to(device)
+    world: World,
+    bad: BadSamples,
+) -> None:
+    normalise = Normalise(config.data, world.device)
+    spans = [range(block * BLOCK, min((block + 1) * BLOCK, features.count)) for block in mine]
+    positions = [np.array(span[i : i + BATCH]) for span in spans for i in range(0, len(span), BATCH)]
+    batches = centred_batches(source, config.model.height_width, config.data, positions, BATCH, bad)
+    total = sum(map(len, spans))
+    with tqdm(total=total, unit="img", desc="features", leave=False, disable=not world.is_main) as bar:
+        for block, span in zip(mine, spans, strict=True):
+            rows, labels = [], []
+            for _ in range(0, len(span), BATCH):
+                batch = next(batches)
+                with autocast(config.train.precision, world.device):
+                    made = function(normalise(batch.images.to(world.device)))
+                rows.append(made.float().cpu())
+                labels.append(batch.labels)
+                bar.update(len(batch.labels))
+            aside = features.path(block).with_suffix(f".{world.rank}")
+            save_file({"features": torch.cat(rows), "labels": torch.cat(labels)}, aside)
+            aside.rename(features.path(block))
+
+
+def fingerprint(kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config: Config) -> str:
+    """Changes with all that features depend on."""
+    d = config.data
+    pixels = [config.model.height_width, d.eval_crop, d.mean, d.std, d.decoder]
+    network: list[object] = [] if kind == "pixels" else [pool, config.train.precision]
+    if kind != "pixels":
+        network.append(encoder.digest if kind == "pretrained" else [str(encoder.config.model), config.train.seed])
+    text = json.dumps([kind, source.digest, pixels, network])
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

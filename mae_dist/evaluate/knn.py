@@ -1,65 +1,121 @@
-"""Exact k-nearest-neighbour accuracy of frozen features."""
+"""Exact k-nearest-neighbour accuracy of frozen features, on every process that torchrun starts."""
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from mae_dist.data import ShardSource
+from mae_dist.config import Config
+from mae_dist.data import BadSamples, Source, labels_of, open_sources, subset
+from mae_dist.engine import World
+from mae_dist.engine.base import Precision
 from mae_dist.errors import UserError
-from mae_dist.evaluate.checkpoints import load_config, newest_of, trained, untrained
-from mae_dist.evaluate.features import encoder_features, extract, pixel_features
-from mae_dist.shards.cache import Cache
-from mae_dist.shards.mirror import load_manifest
+from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.features import Features, Kind, Pool, extract
+from mae_dist.evaluate.tracked import EVALUATIONS, logged, name_of, track_of
+from mae_dist.model.nearest import knn_right
+from mae_dist.train.checkpoint import step_of
 
-TEMPERATURE = 0.07  # of the votes, as is usual for frozen features (Wu et al., CVPR 2018)
-CHUNK = 1024
+MAX_BAD = 1e-4  # share of unreadable images, as in training
 
 
-def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int) -> float:
-    """Share of test rows whose k most similar train rows (cosine, votes weighted exp(similarity / 0.07)) agree.
+@dataclass(frozen=True)
+class Question:
+    """What `mae-dist knn` is asked."""
 
-    Features (N, D) float32, centred here on the train mean; labels (N,) int64 >= 0.
+    of: Sequence[Kind] = ("pretrained",)
+    ks: Sequence[int] = (10, 20, 100, 200)
+    pool: Pool = "mean"
+    fraction: float = 1.0
+    per_class: int | None = None
+    seeds: Sequence[int] = (0,)
+    """Of the choice of labels; the table has the mean over them."""
+
+
+def evaluation_config(
+    pretrained: Pretrained, train: str | None, test: str | None, precision: Precision | None = None
+) -> Config:
+    """The run's config with other data: directories of labelled shards, or None for what the run itself had."""
+    config = pretrained.config
+    data = dataclasses.replace(config.data, val_shards=test or config.data.val_shards)
+    if train:
+        data = dataclasses.replace(data, shards=train, mode="exact", epoch_size=None, fake=False)
+    data.check(config.model.in_chans)
+    if data.val_shards is None:
+        raise UserError("evaluation needs held-out labelled shards: write --test SHARDS")
+    precision = precision or config.train.precision
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, precision=precision))
+
+
+def labelled_sources(config: Config) -> tuple[Source, Source, int]:
+    """Training and held-out source, and the number of classes. Raises UserError where labels are missing."""
+    train, test = open_sources(config.data, config.model.height_width, config.model.in_chans)
+    if test is None:
+        raise UserError("evaluation needs held-out labelled shards: write --data.val_shards SHARDS")
+    return train, test, 1 + max(int(labels_of(source).max()) for source in (train, test))
+
+
+def accuracies(train: Features, test: Features, world: World, ks: Sequence[int], num_classes: int) -> list[float]:
+    """Share of the test images that each k classifies rightly: each counted once, whatever the number of ranks."""
+    counts = torch.zeros(len(ks), dtype=torch.int64, device=world.device)
+    mine = [test.read(block, world.device) for block in range(test.num_blocks)[world.rank :: world.size]]
+    if mine:
+        queries, truth = (torch.cat(parts) for parts in zip(*mine, strict=True))
+        counts = knn_right(train.blocks(world.device), train.mean(world.device), queries, truth, ks, num_classes)
+    return (world.sum(counts).double() / test.count).tolist()
+
+
+def compare(pretrained: Pretrained, config: Config, world: World, question: Question) -> dict[str, dict[int, float]]:
+    """k-NN accuracy by k of each kind of features asked for. Collective.
+
+    Raises UserError where labels are missing or too few.
     """
-    centre = train.mean(0)
-    train, test = F.normalize(train - centre, dim=1), F.normalize(test - centre, dim=1)
-    votes_for = F.one_hot(train_labels).to(train.dtype)  # (N, classes)
-    right = 0
-    for rows, labels in zip(test.split(CHUNK), test_labels.split(CHUNK), strict=True):
-        similarity, nearest = (rows @ train.T).topk(min(k, len(train)), dim=1)  # (n, k)
-        votes = ((similarity / TEMPERATURE).exp().unsqueeze(-1) * votes_for[nearest]).sum(1)
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(test)
-
-
-def compare(run: Path, train_shards: str, test_shards: str, k: int = 20) -> dict[str, float]:
-    """k-NN accuracy of raw pixels, of the encoder before pretraining, and of a run's newest checkpoint.
-
-    Raises UserError when there is no checkpoint or the shards have no labels.
-    """
-    checkpoint = newest_of(run)
-    config = load_config(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sources, cache = [], Cache(config.data.cache_dir, config.data.cache_bytes)
-    for shards in (train_shards, test_shards):
-        manifest = load_manifest(shards, cache)
-        if not manifest.classes:
-            raise UserError(f"{shards}: these images have no labels; k-NN needs shards made from class folders")
-        sources.append(ShardSource(manifest, config.model.in_chans, cache))
-    kinds = {
-        "raw pixels": pixel_features,
-        "encoder, untrained": encoder_features(untrained(config).to(device)),
-        "encoder, pretrained": encoder_features(trained(checkpoint, config).to(device)),
-    }
+    bad = BadSamples(pretrained.run_dir / EVALUATIONS, MAX_BAD)
+    train, test, num_classes = labelled_sources(config)
+    parts = [subset(train, question.fraction, question.per_class, seed) for seed in question.seeds]
+    smallest = min(int(part.counts.sum()) for part in parts)
+    ks = sorted({min(k, smallest) for k in question.ks})
     table = {}
-    for name, features in kinds.items():
-        (train, train_labels), (test, test_labels) = (extract(features, s, config, device) for s in sources)
-        table[name] = knn_accuracy(train, train_labels, test, test_labels, k)
+    for kind in question.of:
+        held_out = extract(kind, question.pool, pretrained, test, config, world, bad)
+        rows = []
+        for part in parts:
+            votes = extract(kind, question.pool, pretrained, part, config, world, bad)
+            rows.append(accuracies(votes, held_out, world, ks, num_classes))
+        table[kind] = {k: sum(column) / len(rows) for k, column in zip(ks, zip(*rows, strict=True), strict=True)}
     return table
 
 
-def as_text(table: dict[str, float], k: int) -> str:
-    width = max(map(len, table))
-    rows = [f"{name:<{width}}  {accuracy:7.1%}" for name, accuracy in table.items()]
-    return "\n".join([f"{'k-NN accuracy, k=' + str(k):<{width}}", *rows])
+def knn(run: Path, train: str | None, test: str | None, question: Question, precision: Precision | None) -> str:
+    """The table of `mae-dist knn`, on all the processes of this world; rank 0 logs it as a child of the run."""
+    pretrained = Pretrained.find(run)
+    config = evaluation_config(pretrained, train, test, precision)
+    world = World.join()
+    try:
+        params = dataclasses.asdict(question) | {"shards": config.data.shards, "val_shards": config.data.val_shards}
+        step = step_of(pretrained.checkpoint)
+        table = compare(pretrained, config, world, question)
+        if world.is_main:
+            name = name_of("knn", step, params)
+            directory = pretrained.run_dir / EVALUATIONS / name
+            with logged(directory, pretrained, track_of(pretrained), 0, params) as journal:
+                metrics = {metric(f"knn_k{k}", kind): value for kind, row in table.items() for k, value in row.items()}
+                journal.write({"kind": "metrics", "step": step, "metrics": metrics})
+        return as_text(table, question) if world.is_main else ""
+    finally:
+        world.leave()
+
+
+def metric(name: str, kind: str) -> str:
+    return f"eval/{name}" if kind == "pretrained" else f"eval/{name}_{kind}"
+
+
+def as_text(table: dict[str, dict[int, float]], question: Question) -> str:
+    labels = f"{question.per_class} a class" if question.per_class else f"{question.fraction:.0%} of the labels"
+    title = f"k-NN accuracy, {labels}" + (f", {len(question.seeds)} seeds" if len(question.seeds) > 1 else "")
+    width = max(len(title), *map(len, table))
+    head = "".join(f"{'k=' + str(k):>9}" for k in next(iter(table.values())))
+    rows = [f"{kind:<{width}}" + "".join(f"{value:9.1%}" for value in row.values()) for kind, row in table.items()]
+    return "\n".join([f"{title:<{width}}{head}", *rows])

@@ -72,8 +72,19 @@ def run(command: Sequence[str]) -> None:
         raise UserError(f"the demo's command ended with status {finished.returncode}: {' '.join(command)}")
 
 
+def evaluate(digits: Path) -> None:
+    """k-NN and linear probe of pixels, the untrained and the pretrained encoder: all labels, then ten a class."""
+    few = ["--per-class", "10"]
+    knn = ["mae-dist", "knn", str(digits), "--of", "pixels", "untrained", "pretrained", "--k", "10", "20"]
+    linear = ["mae-dist", "linear", str(digits), "--sweep", "--config", str(CONFIGS / "demo_linear.yaml")]
+    run(knn)
+    run([*knn, *few, "--seeds", "0", "1", "2"])
+    run([*linear, "--train.steps", "600"])
+    run([*linear, *few])
+
+
 def demo(directory: Path) -> None:
-    """Shard, pretrain on two processes, k-NN before and after, reconstruct; prints where to look."""
+    """Shard, pretrain on two processes, reconstruct, evaluate before and after; prints where to look."""
     if not (CONFIGS / "demo.yaml").is_file():
         raise UserError("no configs/demo.yaml: run the demo from a clone of the repository")
     try:
@@ -103,8 +114,7 @@ def demo(directory: Path) -> None:
     run([*pretrain, "--config", str(CONFIGS / "demo_photos.yaml"), *photos, *where])
     picture = str(directory / "reconstruction.png")
     run(["mae-dist", "reconstruct", str(runs / "photos"), *map(str, unseen[1::3][:12]), "--out", picture])
-    train, test = str(shards["digits/train"]), str(shards["digits/test"])
-    run(["mae-dist", "knn", str(runs / "digits"), "--train", train, "--test", test])
+    evaluate(runs / "digits")
     from mae_dist.track.place import ui_command
 
     print(

@@ -31,6 +31,7 @@ LOCK_NAME = "mlflow.lock"
 POLL_S = 1.0
 BACKOFF_S = 10.0  # the longest pause between two tries
 PATIENCE_S = 60.0  # how long an unreachable server is tried after the trainer is gone
+PARENT = "mae_dist.parent_dir"  # tag: the directory of the run that this one belongs to; nested under it in MLflow
 SILENCE_S = 600.0  # a run without an end whose journal has been still for this long is dead to `sync`
 
 
@@ -90,7 +91,8 @@ class Shipper:
         points = [Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch.points]
         for i in range(0, len(points), BATCH_METRICS):
             client.log_batch(self.state.run_id, metrics=points[i : i + BATCH_METRICS], synchronous=True)
-        tags = [RunTag(key, value) for key, value in batch.tags.items()]
+        nested = {"mlflow.parentRunId": self._parent(Path(batch.tags[PARENT]))} if PARENT in batch.tags else {}
+        tags = [RunTag(key, value) for key, value in (batch.tags | nested).items() if value]
         client.log_batch(self.state.run_id, tags=tags, synchronous=True)
         try:
             params = [Param(key, value) for key, value in batch.params.items()]
@@ -99,6 +101,14 @@ class Shipper:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             print(f"warning: params refused: {error}", flush=True)  # would be refused for ever
+
+    def _parent(self, directory: Path) -> str:
+        """MLflow's id of another run, which is sent first if it is not there; "" when it has never written a word."""
+        if not State.load(directory).run_id and (directory / journal.FILE_NAME).is_file():
+            summary = sync(directory, self.config, tries=1)
+            if summary.error:
+                print(f"warning: {directory} is not in MLflow: {summary.error}", flush=True)
+        return State.load(directory).run_id
 
     def _send_files(self, client: "MlflowClient") -> None:
         while self.state.files:

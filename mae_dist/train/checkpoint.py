@@ -20,11 +20,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from mae_dist.engine import Snapshot
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
 
@@ -115,6 +114,14 @@ def problem(path: Path, expected: dict[str, Any] | None) -> str | None:
     return None
 
 
+class Share(Protocol):
+    """One rank's part of a checkpoint."""
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write it into an existing directory; returns the files. Talks to no other rank."""
+        ...
+
+
 class Checkpoints:
     """The checkpoints of one run, in `root`. Every rank makes one."""
 
@@ -167,7 +174,7 @@ class Checkpoints:
         """Where the ranks write the checkpoint of `step` until it is whole."""
         return self.root / f".step-{step:08d}.{self.attempt}"
 
-    def write_share(self, step: int, snapshot: Snapshot) -> None:
+    def write_share(self, step: int, snapshot: Share) -> None:
         """Write this rank's files and, last, what they are. Raises OSError."""
         aside, word = self.aside(step), share_name(self.world.rank)
         aside.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World
 from mae_dist.track.journal import Journal
 from mae_dist.train.health import Health, check_skipped
+from mae_dist.train.knn import KnnWatch
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress
 from mae_dist.train.saving import Saver
@@ -47,6 +48,8 @@ class Run:
     meta: dict
     """Saved with each checkpoint."""
     validation: Validation
+    knn: KnnWatch | None
+    """None: `train.knn_every` is not set."""
     journal: Journal | None
     """On rank 0 only."""
     stop: StopRequest
@@ -97,6 +100,9 @@ def train(run: Run) -> None:
         began = time.perf_counter()
         if not stop and (last or done % config.eval_every == 0):
             stop = evaluate(run, done, agreement)
+        if run.knn and not stop and (last or run.knn.due(done)):
+            watch.enter("k-NN", done)
+            run.knn.run(done, run.engine, run.journal)
         if last or stop or due or done % config.save_every == 0:
             watch.enter(SAVING, done)
             run.saver.save(done, run.meta, wait=bool(last or stop))

@@ -28,6 +28,9 @@ class TrainConfig:
     """Steps between lines and journal entries."""
     eval_every: int = 1000
     """Steps between validation losses and reconstruction pictures; the last step always has them."""
+    knn_every: float | None = None
+    """Epochs between k-NN accuracies (k=20) on labelled data.val_shards, of at most 10,000 training and held-out images
+    each; the last step then has one too. null: none."""
     save_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
     save_minutes: float | None = None
@@ -63,6 +66,8 @@ class TrainConfig:
             raise UserError(f"train.save_minutes: {self.save_minutes}: write a number above 0, or null for steps alone")
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"train.keep_every: {self.keep_every}: write a number of steps, or null to keep none so")
+        if self.knn_every is not None and self.knn_every <= 0:
+            raise UserError(f"train.knn_every: {self.knn_every}: write epochs above 0, or null")
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
             raise UserError("train: epochs must be above 0 and steps at least 1")
         for field in ("spike_sigma", "timeout", "watchdog"):

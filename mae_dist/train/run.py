@@ -9,15 +9,16 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 import mae_dist
-from mae_dist.config import Config, flat
+from mae_dist.config import Config, flat, to_yaml
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
-from mae_dist.engine import Engine, World, build_engine, restore
+from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import FILE_NAME, Journal, read
@@ -26,6 +27,7 @@ from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints, read_meta
 from mae_dist.train.goodput import goodput
 from mae_dist.train.health import Health
+from mae_dist.train.knn import KnnWatch
 from mae_dist.train.loop import Run, train
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
 from mae_dist.train.saving import Saver
@@ -38,8 +40,8 @@ from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
 FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
-    "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints", "train.keep_every",
-    "train.max_skipped", "train.accept_changes", "train.timeout", "train.watchdog",
+    "train.knn_every", "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints",
+    "train.keep_every", "train.max_skipped", "train.accept_changes", "train.timeout", "train.watchdog",
     "engine.name", "engine.zero_stage", "engine.offload", "engine.compile", "engine.compress_gradients",
 }  # fmt: skip
 # What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
@@ -114,8 +116,13 @@ def _train(
         sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
         world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
+    micro = batch // world.size // accumulate
+    knn = None
+    if config.train.knn_every:
+        knn = KnnWatch(config, sources[0], sources[1], micro, epoch_steps, world, bad)
     journal = open_journal(config, world, start) if world.is_main else None
-    saver = Saver(checkpoints, engine, config.train.async_save, config.train.save_minutes, journal, health.counters)
+    take = partial(capture, engine, health.counters)
+    saver = Saver(checkpoints, take, state_bytes(engine), config.train.async_save, config.train.save_minutes, journal)
     if start == 0:
         saver.check_room()
     run = Run(
@@ -133,7 +140,8 @@ def _train(
         schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
         saver=saver,
         meta=meta,
-        validation=Validation(config, sources[1], sources[0], batch // world.size // accumulate, world, bad),
+        validation=Validation(config, sources[1], sources[0], micro, world, bad),
+        knn=knn,
         journal=journal,
         stop=stop,
         health=health,
@@ -203,6 +211,13 @@ def account(run: Run) -> None:
 
 def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> int:
     """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
+    step = check_resume(config, checkpoint, meta)
+    health.restore(restore(engine, checkpoint))
+    return step
+
+
+def check_resume(config: Any, checkpoint: Path, meta: dict) -> int:
+    """The updates behind a checkpoint of a run. Raises UserError when config or data are not the run's."""
     saved = read_meta(checkpoint)
     order = [(key, was, meta["order"].get(key)) for key, was in saved.get("order", {}).items()]
     changes = [f"{key} (was {was}, now {now})" for key, was, now in order if was != now]
@@ -214,7 +229,6 @@ def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, met
             f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
             "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
         )
-    health.restore(restore(engine, checkpoint))
     return saved["step"]
 
 
@@ -226,13 +240,13 @@ def is_unevaluated(config: Config, start: int, total: int) -> bool:
     return not any(r["kind"] == "image" and r["step"] == start for r in (read(path) if path.is_file() else ()))
 
 
-def changed(config: Config) -> list[str]:
+def changed(config: Any) -> list[str]:
     """The keys that decide the numbers of a run and are not what its `config.yaml` says."""
     path = config.train.run_dir / CONFIG_FILE
     if not path.is_file():
         return []
     before = yaml.safe_load(path.read_text())
-    default, now = (yaml.safe_load(c.to_yaml()) for c in (Config(), config))
+    default, now = (yaml.safe_load(to_yaml(c)) for c in (type(config)(), config))
     different = []
     for key, _ in flat(config):
         section, name = key.split(".")
@@ -245,15 +259,19 @@ def changed(config: Config) -> list[str]:
 
 def open_journal(config: Config, world: World, start: int) -> Journal:
     """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
-    run_dir = config.train.run_dir
-    journal = Journal(run_dir / FILE_NAME)
+    journal = Journal(config.train.run_dir / FILE_NAME)
     again = journal.cut(start)
     if again:
         journal.write({"kind": "cut", "steps": again})
-    aside = run_dir / f".{CONFIG_FILE}"
-    aside.write_text(config.to_yaml())
-    aside.rename(run_dir / CONFIG_FILE)
+    save_config(config)
     return journal
+
+
+def save_config(config: Any) -> None:
+    """Write the resolved config into its run directory, whole or not at all."""
+    aside = config.train.run_dir / f".{CONFIG_FILE}"
+    aside.write_text(to_yaml(config))
+    aside.rename(config.train.run_dir / CONFIG_FILE)
 
 
 def describe(run: Run) -> None:

@@ -12,17 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
-from mae_dist.engine import Engine, Snapshot, capture
 from mae_dist.errors import UserError
 from mae_dist.track.journal import Journal
-from mae_dist.train.checkpoint import Checkpoints
+from mae_dist.train.checkpoint import Checkpoints, Share
 from mae_dist.train.stop import SIGNALS
 
 RETRY = 60.0  # seconds after a save that failed, until the next log step that tries again
@@ -38,10 +35,10 @@ class SaveFailed(UserError):
 class Write(threading.Thread):
     """One rank's part of one save; on rank 0 the commit too. An error is kept, not raised."""
 
-    def __init__(self, checkpoints: Checkpoints, step: int, snapshot: Snapshot, meta: dict, patience: float):
+    def __init__(self, checkpoints: Checkpoints, step: int, snapshot: Share, meta: dict, patience: float):
         super().__init__(name=f"save-{step}", daemon=True)  # Saver.leave waits for it, but not for ever
         self.checkpoints, self.step, self.meta, self.patience = checkpoints, step, meta, patience
-        self.snapshot: Snapshot | None = snapshot
+        self.snapshot: Share | None = snapshot
         self.written, self.abort = threading.Event(), threading.Event()
         self.error: Exception | None = None
         self.bytes, self.seconds, self.reported = 0, 0.0, False
@@ -79,21 +76,22 @@ class Write(threading.Thread):
 class Saver:
     """Makes the checkpoints of a run. Every rank calls `save` after the same steps; `journal` is rank 0's.
 
-    `counters`: saved besides the engine's, as they are at each save.
+    `take`: makes this rank's share of a checkpoint; with `in_background`, one that later steps leave alone. Collective.
+    `needed`: its bytes on all ranks together.
     """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
-        engine: Engine,
+        take: Callable[[], Share],
+        needed: int,
         in_background: bool = True,
         minutes: float | None = None,
         journal: Journal | None = None,
-        counters: Mapping[str, Tensor] = MappingProxyType({}),
         patience: float = PATIENCE,
     ):
-        self.checkpoints, self.engine, self.world, self.journal = checkpoints, engine, engine.world, journal
-        self.in_background, self.counters, self.patience = in_background, counters, patience
+        self.checkpoints, self.take, self.needed, self.journal = checkpoints, take, needed + SPARE, journal
+        self.world, self.in_background, self.patience = checkpoints.world, in_background, patience
         self.seconds = math.inf if minutes is None else minutes * 60
         self.last, self.retry_at, self.failures, self.why = time.monotonic(), math.inf, 0, ""
         self.write: Write | None = None
@@ -119,7 +117,7 @@ class Saver:
             if failed:
                 self._failed(step)
             else:
-                self.write = Write(self.checkpoints, step, capture(self.engine, self.counters), meta, self.patience)
+                self.write = Write(self.checkpoints, step, self.take(), meta, self.patience)
                 failed = (wait or not self.in_background) and self._finish()
             if failed and wait:
                 why = self.world.broadcast(self.why)
@@ -175,8 +173,7 @@ class Saver:
 
     def _no_room(self) -> str:
         """Why the next checkpoint does not fit on the disk, as rank 0 sees it; empty when it does. Collective."""
-        root = self.checkpoints.root
-        needed = 12 * sum(map(math.prod, self.engine.shapes.values())) + SPARE  # a weight and two moments, float32
+        root, needed = self.checkpoints.root, self.needed
         try:
             free = shutil.disk_usage(root).free
             full = f"{root}: a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"

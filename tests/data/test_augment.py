@@ -91,3 +91,14 @@ def test_no_crop_and_no_flip_change_nothing():
     for sample in range(20):
         assert torch.equal(augment(square, 0, sample, (90, 90), config, 0), torch.from_numpy(square).permute(2, 0, 1))
     assert torch.equal(centre(square, (90, 90), config), torch.from_numpy(square).permute(2, 0, 1))
+
+
+def test_a_clipped_crop_is_drawn_once_and_cut_to_the_image():
+    """As the official linear probe draws them: width and height clipped each, never the centre instead."""
+    config = DataConfig(crop_clip=True, crop_scale=(0.9, 1.0))
+    draws = uniforms(0, 0, np.arange(500), 1 + 4 * TRIES)[:, 1:]
+    boxes = [random_box(100, 40, config, u) for u in draws]
+    first = np.array([random_box(100, 40, config, u[:4]) for u in draws])
+    assert np.array_equal(np.array(boxes), first)
+    assert (first[:, 3] == 40).all() and (first[:, 2] < 100).all()  # a ratio of 3/4 or more is wider than the image
+    assert len({box[0] for box in boxes}) > 20

@@ -10,13 +10,15 @@ import socket
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mae_dist.engine import Snapshot
+from mae_dist.engine import Snapshot, capture, state_bytes
 from mae_dist.engine.base import Part
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
@@ -55,9 +57,13 @@ def metrics(journal: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def saver_of(checkpoints, engine, **options):
+    return Saver(checkpoints, partial(capture, engine), state_bytes(engine), **options)
+
+
 @pytest.fixture
 def saver(tmp_path):
-    return Saver(Checkpoints(tmp_path / "c", ALONE, 9), Filled(ALONE), journal=Journal(tmp_path / "journal.jsonl"))
+    return saver_of(Checkpoints(tmp_path / "c", ALONE, 9), Filled(ALONE), journal=Journal(tmp_path / "journal.jsonl"))
 
 
 def slow(monkeypatch, gate: threading.Event):
@@ -88,7 +94,7 @@ def test_training_goes_on_while_a_snapshot_is_written(saver, tmp_path, monkeypat
 
 
 def test_without_background_a_save_is_there_when_it_returns(tmp_path):
-    saver = Saver(Checkpoints(tmp_path, ALONE, 9), Filled(ALONE), in_background=False)
+    saver = saver_of(Checkpoints(tmp_path, ALONE, 9), Filled(ALONE), in_background=False)
     saver.save(1, {}, wait=False)
     assert steps(tmp_path) == [1]
 
@@ -130,13 +136,14 @@ def test_the_clock_asks_on_rank_0_alone(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(saving.time, "monotonic", lambda: now)
     checkpoints = Checkpoints(tmp_path, ALONE, 9)
-    savers = [Saver(checkpoints, Filled(World(rank, 2, ALONE.device)), minutes=2) for rank in range(2)]
+    worlds = [SimpleNamespace(world=World(rank, 2, ALONE.device)) for rank in range(2)]
+    savers = [Saver(world, None, 0, minutes=2) for world in worlds]  # type: ignore[arg-type]
     assert [s.due for s in savers] == [False, False]
     now += 119
     assert [s.due for s in savers] == [False, False]
     now += 1
     assert [s.due for s in savers] == [True, False]
-    assert not Saver(checkpoints, Filled(ALONE)).due
+    assert not saver_of(checkpoints, Filled(ALONE)).due
 
 
 def test_a_fault_of_ours_is_raised_in_the_loop(saver, monkeypatch):
@@ -148,7 +155,7 @@ def test_a_fault_of_ours_is_raised_in_the_loop(saver, monkeypatch):
 
 
 def test_no_room_for_one_checkpoint_is_said_before_the_first_step(tmp_path):
-    saver = Saver(Checkpoints(tmp_path, ALONE, 9), Filled(ALONE, numbers=2**50))
+    saver = saver_of(Checkpoints(tmp_path, ALONE, 9), Filled(ALONE, numbers=2**50))
     with pytest.raises(UserError, match=r"a checkpoint needs \d+ MB, \d+ MB are free; make room there"):
         saver.check_room()
 
@@ -172,7 +179,7 @@ def test_a_full_disk_costs_a_save_and_not_the_run(small_disk, tmp_path, monkeypa
         monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40))
     monkeypatch.setattr(saving, "RETRY", 0.0)
     root, journal = small_disk / "c", Journal(tmp_path / "journal.jsonl")
-    saver = Saver(Checkpoints(root, ALONE, 2), Filled(ALONE, numbers=50_000), journal=journal)
+    saver = saver_of(Checkpoints(root, ALONE, 2), Filled(ALONE, numbers=50_000), journal=journal)
     saver.save(1, {}, wait=True)
     assert not saver.due
     taken = small_disk / "taken"
@@ -220,7 +227,7 @@ def _rank(rank, port, target, arguments):
 
 
 def _one_cannot_write(world, root, which):
-    saver = Saver(Checkpoints(root, world, 9), Filled(world))
+    saver = saver_of(Checkpoints(root, world, 9), Filled(world))
     saver.save(1, {}, wait=True)
     if world.rank == which:
         write = Snapshot.write
@@ -261,7 +268,7 @@ def _save_for_ever(world, root):
     newest = checkpoints.newest()
     engine = Filled(world, numbers=100_000)
     engine.step = step_of(newest) if newest else 0
-    saver = Saver(checkpoints, engine)  # type: ignore[arg-type]
+    saver = saver_of(checkpoints, engine)
     while True:
         engine.step += 1
         saver.save(engine.step, {}, wait=engine.step % 3 == 0)

@@ -1,0 +1,106 @@
+"""One supervised update over all ranks, and its whole state: what linear probing and fine-tuning share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from mae_dist.data import Batch
+from mae_dist.engine import StepResult, World
+from mae_dist.engine.base import Precision
+from mae_dist.engine.state import WEIGHTS
+from mae_dist.evaluate.features import autocast
+
+OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
+
+
+class Learner:
+    """`model`: what is trained and saved. Subclasses say how its gradients and its predictions are made.
+
+    Gradients are whole (averaged over ranks) when `forward_backward` returns from the last micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        precision: Precision,
+        accumulate: int,
+        clip_grad: float | None = None,
+        ema: float | None = None,
+    ):
+        self.model, self.optimizer, self.world, self.accumulate = model, optimizer, world, accumulate
+        self.autocast, self.clip_grad = autocast(precision, world.device), clip_grad
+        self.ema = ModelEmaV3(model, decay=ema) if ema else None
+        self.named = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.loss = torch.zeros((), device=world.device)
+
+    def forward_backward(self, images: Tensor, batch: Batch, last: bool) -> None:
+        """One micro-batch: normalised images (B, C, H, W), and who they are."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images; of the moving average where there is one."""
+        raise NotImplementedError
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.ema.module if self.ema else self.model
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        """Update with this learning rate, or skip on every rank when any rank's numbers are not finite."""
+        gradients = [p.grad for p in self.named if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = (~(norm.isfinite() & self.loss.isfinite())).float()
+        self.world.max(bad)
+        if self.clip_grad is not None:
+            for gradient in gradients:
+                gradient.div_((norm / self.clip_grad).clamp(min=1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW, and LARS, change nothing when it is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model)
+        result = StepResult(self.loss, norm, bad)
+        self.loss = torch.zeros_like(self.loss)
+        return result
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a checkpoint, at most: weights, two moments and a moving average, float32."""
+        return 16 * sum(p.numel() for p in self.model.parameters())
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything an update depends on, by file: weights, `KEY.PARAMETER` of the optimizer, the moving average."""
+        moments = {
+            f"{key}.{name}": value
+            for p, name in self.named.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        files = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: moments}
+        return files | ({AVERAGE: dict(self.ema.module.state_dict())} if self.ema else {})
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write the state into an existing directory, on rank 0 (all ranks have the same); returns the files."""
+        if not self.world.is_main:
+            return []
+        for name, tensors in self.state().items():
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, directory / name)
+        return [directory / name for name in self.state()]
+
+    def read(self, directory: Path) -> None:
+        """The opposite of `write`."""
+        self.model.load_state_dict(load_file(directory / WEIGHTS))
+        if self.ema:
+            self.ema.module.load_state_dict(load_file(directory / AVERAGE))
+        places: dict[str, Any] = {name: p for p, name in self.named.items()}
+        for key, value in load_file(directory / OPTIMIZER).items():
+            kind, _, name = key.partition(".")
+            self.optimizer.state[places[name]][kind] = value.to(self.world.device)

@@ -1,0 +1,162 @@
+"""What `mae-dist linear` and `mae-dist finetune` can be told. The defaults are the paper's ViT-B recipes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mae_dist.data import DataConfig
+from mae_dist.errors import UserError
+from mae_dist.evaluate.features import Pool
+from mae_dist.track import TrackConfig
+from mae_dist.train.options import TrainConfig
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """Which training labels are used: a deterministic choice, the same number or share of every class."""
+
+    fraction: float = 1.0
+    per_class: int | None = None
+    """Images of each class; replaces `fraction`."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    init: Literal["pretrained", "none"] = "pretrained"
+    """none: the same network from scratch, for comparison."""
+    pool: Pool = "mean"
+    """The mean of the patch tokens, or the class token `cls`."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; less for those before it, nothing for the first."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    init: Literal["pretrained", "none"] = "pretrained"
+    """none: an encoder that was never trained, for comparison."""
+    pool: Pool = "cls"
+    """The class token, as in the official code, or the mean of the patch tokens."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment as timm writes it; null: none."""
+    erase: float = 0.25
+    """Probability that a rectangle of an image becomes noise."""
+    mixup: float = 0.8
+    """Alpha of mixup, and of cutmix; 0: none. They pair the images of one micro-batch, as timm does."""
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    """Of the labels."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptim:
+    """AdamW with warm-up and a cosine, the learning rate lower for earlier blocks."""
+
+    blr: float = 5e-4
+    """Base learning rate: the peak is blr * global_batch_size / 256."""
+    lr: float | None = None
+    """Peak learning rate; replaces the one from `blr`."""
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    """For weights; biases, norms, class token and positions have none."""
+    layer_decay: float = 0.65
+    """Each block's learning rate, as a share of that of the block after it."""
+    clip_grad: float | None = None
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.9999: the average is what is evaluated and saved beside."""
+
+
+@dataclass(frozen=True)
+class LinearOptim:
+    """LARS with warm-up and a cosine."""
+
+    blr: float = 0.1
+    """Base learning rate: the peak is blr * global_batch_size / 256."""
+    lr: float | None = None
+    """Peak learning rate; replaces the one from `blr`."""
+    min_lr: float = 0.0
+    warmup_epochs: float = 10.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """`mae-dist linear --sweep`: every blr with every weight decay at once, on features of centred crops."""
+
+    blrs: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    weight_decays: tuple[float, ...] = (0.0, 1e-4)
+    held_out: float = 0.2
+    """Share of the training labels that chooses the best; the test images never do."""
+    kinds: tuple[Literal["pretrained", "untrained", "pixels"], ...] = ("pretrained",)
+    """Of features; untrained and pixels are there to compare with."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the choice of labels, the order and the heads' weights; the table has the mean."""
+
+    def check(self) -> None:
+        if (
+            not self.blrs
+            or not self.weight_decays
+            or not self.seeds
+            or min(self.blrs) <= 0
+            or not 0 < self.held_out < 1
+        ):
+            raise UserError("sweep: write blrs above 0, weight_decays, seeds, and a share held_out in (0, 1)")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def check(self, in_chans: int) -> None:
+        """Raise UserError for everything that is wrong whatever the machine."""
+        check_common(self.data, self.optim, self.train, in_chans)
+        a = self.augment
+        if min(a.mixup, a.cutmix, a.erase, a.smoothing) < 0 or max(a.erase, a.smoothing) >= 1:
+            raise UserError("augment: mixup and cutmix must be at least 0, erase and smoothing in [0, 1)")
+        if a.rand_augment and in_chans not in (1, 3):
+            raise UserError(f"augment.rand_augment: made for grey and RGB, not for {in_chans} channels; write null")
+        if not 0 <= self.network.drop_path < 1 or not 0 < self.optim.layer_decay <= 1:
+            raise UserError("network.drop_path must be in [0, 1), optim.layer_decay in (0, 1]")
+        if self.optim.ema is not None and not 0 < self.optim.ema < 1:
+            raise UserError(f"optim.ema: {self.optim.ema}: write a decay in (0, 1) such as 0.9999, or null")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    network: ProbeConfig = field(default_factory=ProbeConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: LinearOptim = field(default_factory=LinearOptim)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def check(self, in_chans: int) -> None:
+        """Raise UserError for everything that is wrong whatever the machine."""
+        check_common(self.data, self.optim, self.train, in_chans)
+        self.sweep.check()
+
+
+def check_common(data: DataConfig, optim: FinetuneOptim | LinearOptim, train: TrainConfig, in_chans: int) -> None:
+    data.check(in_chans)
+    train.check()
+    if data.mode != "exact" or data.val_shards is None:
+        raise UserError("data: evaluation needs indexed labelled shards, --data.shards, and held-out --data.val_shards")
+    if min(optim.blr, optim.min_lr, optim.warmup_epochs, optim.weight_decay, optim.lr or 0) < 0:
+        raise UserError("optim: blr, lr, min_lr, warmup_epochs and weight_decay cannot be negative")
+    if train.precision == "fp16":
+        raise UserError("train.precision: fp16 is for pretraining; write bf16 or fp32")
+    if train.knn_every is not None:
+        raise UserError("train.knn_every: is for pretraining; leave it out")

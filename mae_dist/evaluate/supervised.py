@@ -1,0 +1,238 @@
+"""Training with labels: the one loop of the linear probe and of fine-tuning. The same command again resumes."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from mae_dist import config as configs
+from mae_dist.data import BadSamples, ImageStream, Source, evaluation_batches, subset
+from mae_dist.data.augment import View
+from mae_dist.data.feed import DeviceFeed, Normalise
+from mae_dist.engine import World
+from mae_dist.errors import UserError
+from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.knn import labelled_sources
+from mae_dist.evaluate.learner import Learner
+from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
+from mae_dist.evaluate.tracked import EVALUATIONS, logged, track_of
+from mae_dist.track.journal import Journal
+from mae_dist.train.alone import alone
+from mae_dist.train.checkpoint import Checkpoints
+from mae_dist.train.health import Health, check_skipped
+from mae_dist.train.meters import Meters
+from mae_dist.train.progress import Progress
+from mae_dist.train.run import CONFIG_FILE, ORDER, check_resume, save_config
+from mae_dist.train.saving import Saver
+from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.stop import Agreement, Stopped, StopRequest
+
+SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
+CROPS = ("mean", "std", "crop_scale", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
+SHARDS = ("shards", "val_shards", "cache_dir", "cache_bytes", "workers", "lanes", "window", "max_bad_fraction")
+
+Supervised = FinetuneConfig | LinearConfig
+Views = Callable[[NDArray[np.int64], NDArray[np.int64]], list[View]]
+
+
+def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: float) -> tuple[Pretrained, Any]:
+    """The checkpoint and the config of `mae-dist linear|finetune RUN ...`.
+
+    `batch`, `epochs`: of the recipe. Data and crops are those of the pretraining run where the command line and its
+    --config files say nothing else.
+    """
+    prog = f"mae-dist {name}"
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            print(f"usage: {prog} RUN [--config FILE] [--init none] [--fraction F] [--per-class N] [--KEY VALUE ...]\n")
+            configs.load(["--help"], prog, kind)
+        raise UserError(
+            f"{prog}: write the run to evaluate first: {prog} runs/NAME --config configs/{name}_vit_b16.yaml"
+        )
+    pretrained = Pretrained.find(Path(arguments[0]))
+    words = [option.partition("=") for option in arguments[1:]]
+    spread = [SHORT.get(option, option) + equals + value for option, equals, value in words]
+    run, track = pretrained.config, track_of(pretrained)
+    own = {f"data.{key}": getattr(run.data, key) for key in (*CROPS, *SHARDS)}
+    own |= {f"track.{key}": getattr(track, key) for key in ("mlflow", "experiment", "tracking_uri")}
+    own |= {f"train.{key}": getattr(run.train, key) for key in ("precision", "device")}
+    own |= {"train.global_batch_size": batch, "train.epochs": epochs}
+    own |= {"train.runs_dir": str(pretrained.run_dir / EVALUATIONS), "train.name": name}
+    config = configs.load(spread, prog, kind, own)
+    config.check(run.model.in_chans)
+    return pretrained, config
+
+
+@dataclass
+class Session:
+    """All that one rank needs to train; built by `train`."""
+
+    pretrained: Pretrained
+    config: Any
+    world: World
+    learner: Learner
+    stream: ImageStream
+    test: Source
+    bad: BadSamples
+    num_samples: int
+    accumulate: int
+    start: int
+    total: int
+    schedule: CosineSchedule
+    saver: Saver
+    meta: dict
+    stop: StopRequest
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.pretrained.config.model.height_width
+
+
+def train(
+    pretrained: Pretrained,
+    config: Any,
+    make: Callable[[World, int, int], Learner],
+    views: Views | None = None,
+) -> int:
+    """Train, or go on training, on all the processes of this world; returns the exit status as `pretrain` does.
+
+    `make(world, num_classes, accumulate)`: what is trained. `views(epochs, samples)`: how samples are seen.
+    """
+    stop = StopRequest()
+    try:
+        world = World.join(config.train.device)
+        with ExitStack() as stack:
+            session = prepare(pretrained, config, make, views, world, stop, stack)
+            if session:
+                report(session)
+        world.leave()  # not after an error: the other ranks may hang in what this would wait for
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{config.train.name}: {stopped}", flush=True)
+        return 128 + stopped.signal
+    return 0
+
+
+def prepare(
+    pretrained: Pretrained,
+    config: Any,
+    make: Callable[[World, int, int], Learner],
+    views: Views | None,
+    world: World,
+    stop: StopRequest,
+    stack: ExitStack,
+) -> Session | None:
+    """Everything before the first step; None when the training is complete. `stack`: undone at its end."""
+    t = config.train
+    accumulate, batch = t.accumulate(world.size), t.global_batch_size
+    merged = configs.Config(model=pretrained.config.model, data=config.data)
+    whole, test, num_classes = labelled_sources(merged)
+    source = subset(whole, config.labels.fraction, config.labels.per_class, config.labels.seed)
+    num_samples = int(source.counts.sum())
+    total = t.steps or math.ceil(t.epochs * num_samples / batch)
+    learner = make(world, num_classes, accumulate)
+    meta = {
+        "data": {"digest": source.digest, "num_samples": num_samples, "init": pretrained.digest},
+        "order": {key: value for key, value in configs.flat(config) if key in ORDER},
+    }
+    stack.enter_context(alone(t.run_dir, world))
+    checkpoints = Checkpoints(t.run_dir / "checkpoints", world, t.keep_checkpoints)
+    newest = checkpoints.newest()
+    start = check_resume(config, newest, meta) if newest else 0
+    if newest:
+        learner.read(newest)
+    if start >= total:
+        if world.is_main:
+            print(f"{t.run_dir}: complete, {start} of {total} steps; for another write --train.name NAME")
+        return None
+    bad = BadSamples(t.run_dir, config.data.max_bad_fraction)
+    stream = ImageStream(
+        source, merged.model.height_width, config.data, t.seed, batch, accumulate, start, world.rank, world.size,
+        pin_memory=world.device.type == "cuda", bad=bad, node=world.node, views=views,
+    )  # fmt: skip
+    warmup = min(config.optim.warmup_epochs * num_samples / batch, total)
+    peak = config.optim.blr * batch / 256 if config.optim.lr is None else config.optim.lr
+    schedule = CosineSchedule(peak, config.optim.min_lr, warmup, total)
+    return Session(
+        pretrained, config, world, learner, stream, test, bad, num_samples, accumulate, start, total, schedule,
+        Saver(checkpoints, lambda: learner, learner.num_bytes, in_background=False), meta, stop,
+    )  # fmt: skip
+
+
+def report(session: Session) -> None:
+    """Train with, on rank 0, a journal of its own."""
+    config, start = session.config, session.start
+    if not session.world.is_main:
+        return fit(session, None)
+    save_config(config)
+    params = {key: value for key, value in configs.flat(config) if key.split(".")[0] in ("network", "labels", "optim")}
+    params |= {"global_batch_size": config.train.global_batch_size, "steps": session.total, "seed": config.train.seed}
+    with logged(config.train.run_dir, session.pretrained, config.track, start, params, (CONFIG_FILE,)) as journal:
+        session.saver.journal = journal
+        return fit(session, journal)
+
+
+def fit(session: Session, journal: Journal | None) -> None:
+    """Make every update from `start` to `total`. Raises Stopped on an agreed signal."""
+    config, learner = session.config.train, session.learner
+    feed = DeviceFeed(iter(session.stream), session.world.device)
+    normalise = Normalise(session.config.data, session.world.device)
+    meters = Meters(session.world, config.global_batch_size, Health(session.world, None))
+    agreement = Agreement(session.world)
+    progress = Progress(session.start, session.total)
+    epoch_steps = session.num_samples / config.global_batch_size
+    for k in range(session.start, session.total):
+        for micro in range(session.accumulate):
+            batch = next(feed)
+            learner.forward_backward(normalise(batch.images), batch, micro == session.accumulate - 1)
+        meters.add(learner.step(session.schedule.lr(k)), feed.waited)
+        stop = agreement.soon(session.stop.signal)
+        feed.waited, session.stop.begun = 0.0, True
+        done, last = k + 1, k + 1 == session.total
+        if last or done % config.log_every == 0:
+            found, rate = session.bad.count(), session.stream.worker_rate()
+            reading = meters.sync(session.schedule.lr(k), done / epoch_steps, found, rate)
+            if journal:
+                journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
+                progress.show(done, reading.metrics)
+            check_skipped(reading.skipped_in_row, config.max_skipped, done)
+            session.bad.check(reading.bad_samples, min(done * config.global_batch_size, session.num_samples))
+        began = time.perf_counter()
+        if last or done % config.eval_every == 0:
+            scores = accuracy(session)
+            if journal:
+                journal.write({"kind": "metrics", "step": done, "metrics": scores})
+                print(f"step {done}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()), flush=True)
+        if last or stop or done % config.save_every == 0:
+            session.saver.save(done, session.meta, wait=bool(last or stop))
+        meters.pause(time.perf_counter() - began)
+        if stop and not last:
+            raise Stopped(stop, done)
+
+
+@torch.no_grad()
+def accuracy(session: Session) -> dict[str, float]:
+    """Top-1, top-5 and loss on the held-out images, each counted once, whatever the number of ranks. Collective."""
+    world, learner = session.world, session.learner
+    batch_size = session.config.train.global_batch_size // world.size // session.accumulate
+    normalise = Normalise(session.config.data, world.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for batch in evaluation_batches(
+        session.test, session.size, session.config.data, batch_size, world.rank, world.size, session.bad
+    ):
+        images, labels = (tensor.to(world.device) for tensor in (batch.images, batch.labels))
+        logits = learner.predict(normalise(images)).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=world.device)])
+    top1, top5, loss, count = world.sum(sums).tolist()
+    return {"eval/top1": top1 / count, "eval/top5": top5 / count, "loss/val": loss / count}

@@ -1,0 +1,67 @@
+"""An evaluation is a small run of its own, RUN/evaluations/NAME, and in MLflow a child of the pretraining run."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mae_dist.config import Config
+from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.track import TrackConfig
+from mae_dist.track.journal import FILE_NAME, Journal
+from mae_dist.track.mlflow import PARENT
+from mae_dist.track.place import tracking_uri
+from mae_dist.track.tracker import MLflowTracker
+from mae_dist.train.stop import Stopped
+
+EVALUATIONS = "evaluations"
+
+
+def track_of(pretrained: Pretrained, config: Config | None = None) -> TrackConfig:
+    """Where the pretraining run is tracked, so that its children are there too."""
+    track = (config or pretrained.config).track
+    return dataclasses.replace(track, tracking_uri=tracking_uri(pretrained.run_dir.parent, track.tracking_uri))
+
+
+def name_of(kind: str, step: int, params: dict[str, Any]) -> str:
+    """A directory name for an evaluation of the checkpoint of `step`: the same question has the same name."""
+    asked = hashlib.sha256(json.dumps(params, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    return f"{kind}-step-{step:08d}-{asked}"
+
+
+@contextmanager
+def logged(
+    run_dir: Path,
+    pretrained: Pretrained,
+    track: TrackConfig,
+    start: int,
+    params: dict[str, Any],
+    artifacts: tuple[str, ...] = (),
+) -> Iterator[Journal]:
+    """The journal of an evaluation from step `start` on, copied to MLflow meanwhile; for rank 0.
+
+    However the body ends, the journal says how, and nothing of MLflow's gets out of here.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    journal = Journal(run_dir / FILE_NAME)
+    journal.cut(start)
+    tags = {PARENT: str(pretrained.run_dir), "checkpoint": str(pretrained.checkpoint)}
+    journal.write({"kind": "start", "step": start, "params": params, "tags": tags, "artifacts": artifacts})
+    tracker = MLflowTracker.start(run_dir, track)
+    status, reason = "FAILED", ""
+    try:
+        yield journal
+        status = "FINISHED"
+    except (Stopped, KeyboardInterrupt) as stopped:
+        status, reason = "KILLED", str(stopped) or "interrupted"
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        journal.write({"kind": "end", "status": status, "reason": reason[:1000]})
+        journal.close()
+        tracker.close()

@@ -1,0 +1,96 @@
+"""k-NN accuracy while pretraining goes on, so that a run shows what its features are worth, not only its loss."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_dist.config import Config
+from mae_dist.data import BadSamples, Source, centred_batches, labels_of
+from mae_dist.data.feed import Normalise
+from mae_dist.engine import Engine, World
+from mae_dist.errors import UserError
+from mae_dist.model import MAE
+from mae_dist.model.nearest import knn_right
+from mae_dist.shards.order import SampleOrder
+from mae_dist.track.journal import Journal
+
+IMAGES, NEIGHBOURS = 10_000, 20  # at most so many training images vote, and held-out images are classified
+KNN_STREAM = 0x6B6E6E
+
+
+class KnnWatch:
+    """Metric eval/knn: the mean of the patch tokens, k=20, on a fixed choice of images, the same in all of a run.
+
+    Raises UserError where labels are missing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        train: Source,
+        held_out: Source | None,
+        batch_size: int,
+        epoch_steps: float,
+        world: World,
+        bad: BadSamples | None = None,
+    ):
+        assert config.train.knn_every
+        if held_out is None:
+            raise UserError(
+                "train.knn_every: needs labelled images to classify: --data.val_shards SHARDS (or a number)"
+            )
+        self.config, self.world, self.batch_size, self.bad = config, world, batch_size, bad
+        self.every = config.train.knn_every * epoch_steps
+        self.train, self.held_out = train, held_out
+        self.num_classes = 1 + max(int(labels_of(source).max()) for source in (train, held_out))
+        self.normalise = Normalise(config.data, world.device)
+
+    def due(self, step: int) -> bool:
+        """Whether `knn_every` epochs were completed by this update."""
+        return math.floor(step / self.every) > math.floor((step - 1) / self.every)
+
+    def run(self, step: int, engine: Engine, journal: Journal | None) -> None:
+        """Measure on all ranks; rank 0 writes the journal. Collective."""
+        accuracy = self.accuracy(engine)
+        if journal:
+            journal.write({"kind": "metrics", "step": step, "metrics": {"eval/knn": accuracy}})
+
+    @torch.no_grad()
+    def accuracy(self, engine: Engine) -> float:
+        """Share of the held-out images classified rightly, the same at any number of ranks."""
+        model, world = engine.replica(), self.world
+        voters, tests = (self.chosen(source) for source in (self.train, self.held_out))
+        keys, labels = self.features(model, engine, self.train, voters)
+        count, mine = len(voters), slice(world.rank, None, world.size)
+        every = torch.zeros(count, keys.shape[1], device=world.device)
+        whose = torch.zeros(count, dtype=torch.int64, device=world.device)
+        every[mine], whose[mine] = keys, labels
+        world.sum(every)
+        world.sum(whose)
+        queries, truth = self.features(model, engine, self.held_out, tests)
+        right = knn_right([(every, whose)], every.mean(0), queries, truth, [NEIGHBOURS], self.num_classes)
+        return float(world.sum(right).double().item() / len(tests))
+
+    def chosen(self, source: Source) -> np.ndarray:
+        """Places of at most IMAGES samples, (n,) int64; few shards of remote data, as training reads them."""
+        data, count = self.config.data, min(IMAGES, int(source.counts.sum()))
+        order = SampleOrder(source.counts, self.config.train.seed ^ KNN_STREAM, data.lanes, data.window)
+        return order.lookup(np.arange(count)).id
+
+    def features(self, model: MAE, engine: Engine, source: Source, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """This rank's share of the features at `places`: (n, D) float32, (n,) int64."""
+        mine = places[self.world.rank :: self.world.size]
+        batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        dim = model.encoder.embed_dim
+        rows = [torch.empty(0, dim, device=self.world.device)]
+        labels = [torch.empty(0, dtype=torch.int64)]
+        for batch in centred_batches(
+            source, self.config.model.height_width, self.config.data, batches, self.batch_size, self.bad
+        ):
+            with engine.autocast:
+                tokens = model.encode(self.normalise(batch.images.to(self.world.device)))
+            rows.append(tokens[:, 1:].mean(dim=1).float())
+            labels.append(batch.labels)
+        return torch.cat(rows), torch.cat(labels).to(self.world.device)

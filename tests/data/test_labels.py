@@ -1,0 +1,71 @@
+"""Which labels are used: decided by the seed alone, the same number of each class."""
+
+import numpy as np
+import pytest
+
+from mae_dist.data import DataConfig, ImageStream, evaluation_batches, labels_of, open_sources, subset
+from mae_dist.data.labels import choose
+from mae_dist.errors import UserError
+
+SIZE = (16, 16)
+
+
+@pytest.fixture(scope="module")
+def source(shards):
+    return open_sources(DataConfig(str(shards)), SIZE, 3)[0]
+
+
+def test_labels_are_those_of_the_images(source):
+    batches = list(evaluation_batches(source, SIZE, DataConfig(workers=0), 8))
+    assert labels_of(source).tolist() == [label for batch in batches for label in batch.labels.tolist()]
+
+
+def test_a_subset_is_balanced_fixed_by_its_seed_and_nested(source):
+    labels = labels_of(source)
+    small, same, other, large = (
+        subset(source, per_class=n, seed=seed).kept for n, seed in ((4, 0), (4, 0), (4, 1), (9, 0))
+    )
+    assert np.bincount(labels[small]).tolist() == [4, 4]
+    assert small.tolist() == same.tolist() != other.tolist()
+    assert set(small) < set(large)
+    assert np.bincount(labels[subset(source, fraction=0.5).kept]).tolist() == [12, 12]  # of 23 each
+    assert subset(source) is source
+
+
+def test_a_subset_reads_its_own_images(source):
+    """Sample i of the subset is sample kept[i] of the whole, also across shards, and its digest is its own."""
+    part = subset(source, per_class=7, seed=3)
+    whole = np.concatenate([b.images.numpy() for b in evaluation_batches(source, SIZE, DataConfig(workers=0), 50)])
+    few = list(evaluation_batches(part, SIZE, DataConfig(workers=0), 5))
+    assert np.array_equal(np.concatenate([b.images.numpy() for b in few]), whole[part.kept])
+    assert np.concatenate([b.labels.numpy() for b in few]).tolist() == labels_of(part).tolist()
+    assert len({part.digest, source.digest, subset(source, per_class=7, seed=4).digest}) == 3
+
+
+def test_training_on_a_subset_sees_each_of_it_once_an_epoch(source):
+    part = subset(source, per_class=6, seed=0)
+    stream = iter(ImageStream(part, SIZE, DataConfig(workers=0), seed=0, global_batch_size=4))
+    assert sorted(i for _ in range(3) for i in next(stream).ids.tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"per_class": 24}, "class 0 has only 23"), ({"per_class": 0}, "at least 1"), ({"fraction": 0.0}, "(0, 1]")],
+)
+def test_what_cannot_be_chosen_is_said(source, options, says):
+    with pytest.raises(UserError) as caught:
+        subset(source, **options)
+    assert says in str(caught.value)
+
+
+def test_rare_classes_keep_an_image():
+    assert np.bincount(np.array([0] * 100 + [1])[choose(np.array([0] * 100 + [1]), 0.1, None, 0)]).tolist() == [10, 1]
+
+
+def test_unlabelled_images_are_refused(images, tmp_path):
+    from mae_dist.shards.write import shard
+
+    shard(images / "class_0", tmp_path / "flat")
+    with pytest.raises(UserError) as caught:
+        labels_of(open_sources(DataConfig(str(tmp_path / "flat")), SIZE, 3)[0])
+    assert "23 of 23 images have no label" in str(caught.value)

@@ -1,0 +1,208 @@
+"""Fine-tuning's parts: the recipe's learning rates, dice that depend on the sample alone, timm's own model."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from mae_dist import config as configs
+from mae_dist.data import Batch, DataConfig
+from mae_dist.engine import World
+from mae_dist.errors import UserError
+from mae_dist.evaluate.augment import Mix, finetune_views, posterize, rand_augmentation
+from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.classifier import Coins, KeyedDropPath, classifier
+from mae_dist.evaluate.finetune import Finetune, layer_groups
+from mae_dist.evaluate.options import AugmentConfig, FinetuneConfig, FinetuneOptim, LinearConfig, NetworkConfig
+from mae_dist.model import MAEConfig
+from mae_dist.train.options import TrainConfig
+
+MODEL = MAEConfig(
+    "vit_tiny_patch16_224", img_size=16, patch_size=4, dec_dim=32, dec_depth=1, dec_heads=2,
+    enc_dim=32, enc_depth=3, enc_heads=2,
+)  # fmt: skip
+SCRATCH = Pretrained(Path("nowhere"), configs.Config(model=MODEL))
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def vit(pool="mean", drop_path=0.0):
+    return classifier(SCRATCH, NetworkConfig("none", pool, drop_path), num_classes=5, seed=0)
+
+
+def learner(**augment):
+    config = FinetuneConfig(
+        augment=AugmentConfig(**augment), train=TrainConfig(global_batch_size=8, precision="fp32"),
+        optim=FinetuneOptim(ema=0.5),
+    )  # fmt: skip
+    return Finetune(vit(drop_path=0.5), config, World(0, 1, torch.device("cpu")), 5, 1)
+
+
+def test_each_layer_has_the_recipes_learning_rate_and_decay():
+    """decay ** (depth + 1 - layer); 1-D parameters, class token and positions are not decayed (util/lr_decay.py)."""
+    model = vit()
+    groups = layer_groups(model, FinetuneOptim(layer_decay=0.65, weight_decay=0.05))
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else 4
+        plain = p.ndim == 1 or name in ("cls_token", "pos_embed")
+        assert found[id(p)] == (pytest.approx(0.65 ** (4 - layer)), 0.0 if plain else 0.05), name
+    assert found.keys() == {id(p) for p in model.parameters()}  # positions too are trained
+
+
+def test_the_classifier_is_timms_model():
+    """Its weights load strictly into timm's own model, with the same logits."""
+    ours = vit().eval()
+    with torch.no_grad():
+        ours.head.weight.normal_()
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=5,
+        global_pool="avg",
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_drop_path_keeps_the_mean_and_depends_on_the_sample_alone():
+    coins = Coins()
+    drop = KeyedDropPath(0.3, coins, 2).train()
+    ids, epochs = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
+    x = torch.ones(20_000, 1, 1)
+    coins.throw(0, epochs, ids, 4)
+    whole = drop(x)
+    assert whole.mean() == pytest.approx(1, abs=0.02)
+    coins.throw(0, epochs[:7], ids[100:107], 4)
+    assert torch.equal(drop(x[:7]), whole[100:107])
+    coins.throw(0, epochs + 1, ids, 4)
+    assert not torch.equal(drop(x), whole)
+    assert torch.equal(drop.eval()(x), x)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_depends_on_seed_epoch_and_sample_alone(channels):
+    """Whatever the global generators hold, and they are left as they were."""
+    data = DataConfig(mean=(0.5,), std=(0.5,))
+    pixels = torch.randint(0, 256, (channels, 32, 32), dtype=torch.uint8)
+    kept = []
+    for world in range(2):
+        random.seed(world)
+        np.random.seed(world)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        views = finetune_views(np.array([0, 0, 1]), np.array([4, 5, 4]), data, AugmentConfig(), 3)
+        kept.append([view.after(pixels) for view in views])
+        assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    assert not torch.equal(kept[0][0], kept[0][1])
+    assert not torch.equal(kept[0][0], kept[0][2])
+    assert kept[0][0].shape == pixels.shape and kept[0][0].dtype == torch.uint8
+
+
+def test_every_operation_of_rand_augment_works_at_full_magnitude():
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    for op in rand_augmentation("rand-m10-mstd0-inc1", 14, (128, 128, 128)).ops:
+        op.prob = 1.0
+        assert op(image).size == image.size
+    assert np.array(posterize(image, 0)).max() == 0
+    assert np.array_equal(np.array(posterize(image, 3)), np.array(image) & 0b11100000)
+
+
+def test_mixing_is_repeatable_and_targets_are_shares():
+    mix = Mix(AugmentConfig(), 5, seed=1)
+    labels, ids, epochs = torch.tensor([0, 1, 2, 3]), torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    images = torch.randn(4, 3, 16, 16)
+    first, targets = mix(images.clone(), labels, epochs, ids)
+    torch.rand(3)
+    again, _ = mix(images.clone(), labels, epochs, ids)
+    assert torch.equal(first, again) and not torch.equal(first, images)
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    plain = Mix(AugmentConfig(erase=0, mixup=0, cutmix=0), 5, seed=1)
+    assert torch.equal(plain(images.clone(), labels, epochs, ids)[0], images)
+
+
+def test_erasing_touches_about_its_share_of_the_images():
+    mix = Mix(AugmentConfig(erase=0.25, mixup=0, cutmix=0), 5, seed=1)
+    ids = torch.arange(400)
+    images, _ = mix(torch.zeros(400, 1, 16, 16), ids % 5, torch.zeros_like(ids), ids)
+    assert 60 < int((images.flatten(1) != 0).any(1).sum()) < 140
+
+
+def batch(n=8):
+    ids = torch.arange(n)
+    return torch.randn(n, 3, 16, 16), Batch(torch.empty(0), ids, torch.zeros_like(ids), ids % 5)
+
+
+@pytest.mark.parametrize("augment", [{}, {"mixup": 0.0, "cutmix": 0.0, "erase": 0.0}])
+def test_a_bad_number_moves_nothing_and_a_good_one_everything(augment):
+    tuned = learner(**augment)
+    images, who = batch()
+    for images_, skipped in ((images * torch.nan, 1), (images, 0)):
+        before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
+        tuned.forward_backward(images_.clone(), who, True)
+        assert tuned.step(1e-3).skipped == skipped
+        after = dict(tuned.model.named_parameters())
+        assert all(torch.equal(before[name], after[name]) == bool(skipped) for name in ("head.bias", "pos_embed"))
+
+
+def test_a_checkpoint_is_the_whole_state(tmp_path):
+    """Written, read into a fresh one, both go on: the same to the bit, moving average too."""
+    first, second = learner(), learner()
+    images, who = batch()
+    for _ in range(2):
+        first.forward_backward(images.clone(), who, True)
+        first.step(1e-2)
+    assert {path.name for path in first.write(tmp_path)} == {p.name for p in tmp_path.iterdir()}
+    second.read(tmp_path)
+    for tuned in (first, second):
+        tuned.forward_backward(images.clone(), who, True)
+        tuned.step(1e-2)
+    states = [tuned.state() for tuned in (first, second)]
+    assert states[0].keys() == {"model.safetensors", "optimizer.safetensors", "ema.safetensors"}
+    for name, tensors in states[0].items():
+        assert tensors.keys() == states[1][name].keys() and tensors
+        assert all(torch.equal(value, states[1][name][key]) for key, value in tensors.items())
+    assert not torch.equal(first.evaluated.head.weight, first.model.head.weight)
+
+
+def test_mixup_needs_pairs():
+    config = FinetuneConfig(train=TrainConfig(global_batch_size=9, precision="fp32"))
+    with pytest.raises(UserError, match="even"):
+        Finetune(vit(), config, World(0, 1, torch.device("cpu")), 5, 1)
+
+
+def test_class_token_pooling_keeps_the_encoders_norm():
+    model = vit("cls")
+    assert isinstance(model.norm, nn.LayerNorm) and isinstance(model.fc_norm, nn.Identity)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("size", "blr", "decay", "drop", "epochs", "linear"),
+    [("b16", 5e-4, 0.65, 0.1, 100, 90), ("l16", 1e-3, 0.75, 0.2, 50, 50), ("h14", 1e-3, 0.75, 0.3, 50, 50)],
+)
+def test_the_recipes_of_the_papers_code(size, blr, decay, drop, epochs, linear):
+    """Every value of FINETUNE.md."""
+    data = {"data.shards": "x", "data.val_shards": "y"}
+    c = configs.load(
+        ["--config", str(CONFIGS / f"finetune_vit_{size}.yaml")], "mae-dist finetune", FinetuneConfig, data
+    )
+    c.check(3)
+    o, a = c.optim, c.augment
+    assert (o.blr, o.min_lr, o.warmup_epochs, o.betas) == (blr, 1e-6, 5, (0.9, 0.999))
+    assert (o.weight_decay, o.layer_decay, c.network.drop_path, c.network.pool) == (0.05, decay, drop, "mean")
+    assert (a.rand_augment, a.erase, a.mixup, a.cutmix, a.smoothing) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0, 0.1)
+    assert (c.train.global_batch_size, c.train.epochs, c.data.crop_scale) == (1024, epochs, (0.08, 1.0))
+    c = configs.load(["--config", str(CONFIGS / f"linear_vit_{size}.yaml")], "mae-dist linear", LinearConfig, data)
+    c.check(3)
+    o = c.optim
+    assert (o.blr, o.min_lr, o.warmup_epochs, o.momentum, o.weight_decay) == (0.1, 0.0, 10, 0.9, 0.0)
+    assert (c.train.global_batch_size, c.train.epochs, c.network.pool) == (16384, linear, "cls")
+    assert (c.data.crop_scale, c.data.crop_clip, c.data.flip) == ((0.08, 1.0), True, 0.5)

@@ -1,0 +1,115 @@
+"""The linear probe: LARS by its formula, a sweep that is many single trainings, statistics of the global batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mae_dist.data import Batch
+from mae_dist.engine import World
+from mae_dist.evaluate.lars import LARS
+from mae_dist.evaluate.linear import LinearProbe
+from mae_dist.evaluate.options import LinearConfig, LinearOptim, SweepConfig
+from mae_dist.evaluate.sweep import choose_and_train, train_heads
+from mae_dist.shards.order import SampleOrder
+from mae_dist.train.options import TrainConfig
+from mae_dist.train.schedule import CosineSchedule
+
+ALONE = World(0, 1, torch.device("cpu"))
+CONFIG = LinearConfig(
+    optim=LinearOptim(warmup_epochs=1.0),
+    train=TrainConfig(global_batch_size=16, steps=25, precision="fp32"),
+    sweep=SweepConfig(blrs=(0.5, 20.0), weight_decays=(0.0, 0.1)),
+)
+
+
+def clusters(n=60, dim=12, classes=3, seed=0):
+    """Features (n, dim) around one centre a class, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    centres = 3 * torch.eye(classes, dim)
+    return centres[labels] + torch.randn(n, dim, generator=generator), labels
+
+
+def test_lars_is_its_formula():
+    """As the official linear probe writes it: matrices get weight decay and trust, vectors plain momentum."""
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
+    optimizer = LARS([matrix, vector], lr=0.3, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01)
+    w, b = matrix.detach().clone(), vector.detach().clone()
+    m_w, m_b = torch.zeros(4, 3), torch.zeros(4)
+    for _ in range(3):
+        g_w, g_b = torch.randn(4, 3), torch.randn(4)
+        matrix.grad, vector.grad = g_w.clone(), g_b.clone()
+        optimizer.step()
+        d = g_w + 0.1 * w
+        m_w = 0.9 * m_w + d * (0.01 * w.norm() / d.norm())
+        m_b = 0.9 * m_b + g_b
+        w, b = w - 0.3 * m_w, b - 0.3 * m_b
+        torch.testing.assert_close(matrix.detach(), w)
+        torch.testing.assert_close(vector.detach(), b)
+
+
+def test_lars_moves_nothing_on_a_bad_step_and_from_zero_weights():
+    matrix = nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([matrix], lr=1.0)
+    matrix.grad = torch.full((2, 2), torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(matrix.detach(), torch.ones(2, 2))
+    zero = nn.Parameter(torch.zeros(2, 2))
+    zero.grad = torch.ones(2, 2)
+    LARS([zero], lr=1.0).step()
+    assert torch.equal(zero.detach(), -torch.ones(2, 2))  # no trust in a norm of zero: plain gradient descent
+
+
+@pytest.mark.parametrize(("blr", "decay"), [(0.5, 0.0), (20.0, 0.1)])
+def test_a_sweep_is_many_single_trainings(blr, decay):
+    """Each head of a sweep is the head that the probe's own classes train alone on the same batches."""
+    features, labels = clusters()
+    settings = [(0.5, 0.0), (0.5, 0.1), (20.0, 0.0), (20.0, 0.1)]
+    heads = train_heads(features, labels, 3, settings, CONFIG, 7, ALONE)
+    config = replace(CONFIG, optim=replace(CONFIG.optim, weight_decay=decay), train=replace(CONFIG.train, seed=7))
+    probe = LinearProbe(lambda x: x, 12, config, ALONE, 3, accumulate=2)
+    order, schedule = SampleOrder([60], 7), CosineSchedule(blr * 16 / 256, 0.0, 60 / 16, 25)
+    for k in range(25):
+        ids = torch.from_numpy(order.lookup(range(k * 16, k * 16 + 16)).id)
+        for micro, part in enumerate(ids.split(8)):
+            batch = Batch(features[part], part, part, labels[part])
+            probe.forward_backward(features[part], batch, micro == 1)
+        probe.step(schedule.lr(k))
+    h = settings.index((blr, decay))
+    norm, linear = probe.model
+    torch.testing.assert_close(heads.weight[h], linear.weight.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(heads.bias[h], linear.bias.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(heads.mean, norm.running_mean)
+    torch.testing.assert_close(heads.variance, norm.running_var)
+    right = (probe.predict(features).argmax(1) == labels).double().mean()
+    assert heads.accuracy(features, labels, ALONE)[h] == right
+
+
+def test_the_probe_without_ranks_is_torchs_batch_norm_and_autograd():
+    features, labels = clusters(16)
+    probe = LinearProbe(lambda x: x, 12, CONFIG, ALONE, 3, accumulate=1)
+    plain = nn.Sequential(nn.BatchNorm1d(12, eps=1e-6, affine=False), nn.Linear(12, 3))
+    plain.load_state_dict(probe.model.state_dict())
+    loss = F.cross_entropy(plain(features), labels)
+    loss.backward()
+    probe.forward_backward(features, Batch(features, labels, labels, labels), True)
+    torch.testing.assert_close(probe.loss, loss.detach())
+    torch.testing.assert_close(probe.model[1].weight.grad, plain[1].weight.grad)
+    torch.testing.assert_close(probe.model[0].running_var, plain[0].running_var)
+
+
+def test_the_test_images_choose_nothing():
+    """Other test labels: the same setting is chosen; and what is chosen has the best held-out accuracy."""
+    train, test = clusters(80), clusters(40, seed=1)
+    sweep = SweepConfig(blrs=(0.01, 100.0), weight_decays=(0.0,))
+    config = replace(CONFIG, sweep=sweep, train=replace(CONFIG.train, steps=300))
+    found = choose_and_train(train, test, 3, config, 0, ALONE)
+    blind = choose_and_train(train, (test[0], (test[1] + 1) % 3), 3, config, 0, ALONE)
+    assert found.blr == 100
+    assert replace(found, test=0.0) == replace(blind, test=0.0)
+    assert found.test > 0.8 > 0.4 > blind.test
