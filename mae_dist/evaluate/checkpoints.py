@@ -14,7 +14,7 @@ from mae_dist.engine.state import WEIGHTS
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 from mae_dist.train.checkpoint import COMMITTED, META, committed, problems
-from mae_dist.train.run import CONFIG_FILE
+from mae_dist.train.resume import CONFIG_FILE
 
 
 def newest_of(path: Path) -> Path:

@@ -34,7 +34,7 @@ NORM_PIX = (
 class Viewer:
     """A run's model and the images to look at."""
 
-    def __init__(self, run: Path, images: Sequence[str], mask_ratio: float | None = None):
+    def __init__(self, run: Path, images: Sequence[str | Path], mask_ratio: float | None = None):
         """`images`: what `views` takes. Raises UserError for one unreadable, no checkpoint, or a wrong ratio."""
         checkpoint = newest_of(run)
         config = load_config(checkpoint)
@@ -42,7 +42,7 @@ class Viewer:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, mask_ratio=mask_ratio))
         self.config: Config = config
         self.model: MAE = trained(checkpoint, config)
-        self.pixels = torch.cat([views(place, config) for place in images])  # (n, C, H, W) uint8
+        self.pixels = torch.cat([views(str(place), config) for place in images])  # (n, C, H, W) uint8
         self.normalise = Normalise(config.data, self.pixels.device)
 
     @torch.no_grad()

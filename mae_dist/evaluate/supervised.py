@@ -31,7 +31,7 @@ from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.health import Health, check_skipped
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress
-from mae_dist.train.run import CONFIG_FILE, ORDER, check_resume, save_config
+from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, save_config
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
@@ -140,10 +140,8 @@ def prepare(
     num_samples = int(source.counts.sum())
     total = t.steps or math.ceil(t.epochs * num_samples / batch)
     learner = make(world, num_classes, accumulate)
-    meta = {
-        "data": {"digest": source.digest, "num_samples": num_samples, "init": pretrained.digest},
-        "order": {key: value for key, value in configs.flat(config) if key in ORDER},
-    }
+    meta = identity(config, source)
+    meta["data"]["init"] = pretrained.digest
     stack.enter_context(alone(t.run_dir, world))
     checkpoints = Checkpoints(t.run_dir / "checkpoints", world, t.keep_checkpoints)
     newest = checkpoints.newest()

@@ -1,7 +1,6 @@
 """Weights from elsewhere as a run of ours, at step 0: every command that takes a run takes it."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from mae_dist.exchange.read import read
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.positions import resized
 from mae_dist.model.sizes import config_of, has_decoder
-from mae_dist.train.checkpoint import META
+from mae_dist.train.checkpoint import digest, write_meta
 from mae_dist.train.options import TrainConfig
-from mae_dist.train.run import CONFIG_FILE
+from mae_dist.train.resume import CONFIG_FILE
 
 POSITIONS = {"encoder.pos_embed": "encoder", "dec_pos": "decoder"}
 
@@ -64,7 +63,7 @@ def write(out: Path, config: Config, weights: dict[str, Tensor], origin: dict[st
     save_file({key: tensor.contiguous() for key, tensor in weights.items()}, checkpoint / WEIGHTS)
     save_file({f"{COUNTER}updates": torch.zeros(())}, checkpoint / "optimizer-00000-of-00001.safetensors")
     meta = {"step": 0, "data": {"digest": "", "num_samples": 0}, "imported": origin}
-    (checkpoint / META).write_text(json.dumps(meta, indent=1) + "\n")
+    write_meta(checkpoint, meta, {path.name: digest(path) for path in checkpoint.iterdir()})
     aside.rename(out)
 
 

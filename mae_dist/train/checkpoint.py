@@ -79,6 +79,12 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def write_meta(checkpoint: Path, meta: dict, files: dict[str, dict[str, Any]]) -> None:
+    """`files`: the `digest` of each, by name."""
+    content = meta | {"files": files}
+    write_json(checkpoint / META, content | {"seal": seal(content)})
+
+
 def seal(meta: dict) -> str:
     """A checksum of all that `meta.json` says, but of the checksum itself."""
     rest = {key: value for key, value in meta.items() if key != "seal"}
@@ -192,10 +198,9 @@ class Checkpoints:
         aside, final = self.aside(step), self.root / f"step-{step:08d}"
         words = self._words(aside, abort, patience)
         files = {name: file for word in words.values() for name, file in word["files"].items()}
-        content = {"step": step} | meta | {"files": files}
         for name in words:
             (aside / name).unlink()
-        write_json(aside / META, content | {"seal": seal(content)})
+        write_meta(aside, {"step": step} | meta, files)
         fsync(aside)
         aside.rename(final)
         fsync(self.root)

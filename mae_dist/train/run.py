@@ -9,44 +9,31 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 import mae_dist
-from mae_dist.config import Config, flat, to_yaml
+from mae_dist.config import Config
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
-from mae_dist.track.journal import FILE_NAME, Journal, read
+from mae_dist.track.journal import read
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.alone import alone
-from mae_dist.train.checkpoint import Checkpoints, read_meta
+from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.goodput import goodput
 from mae_dist.train.health import Health
 from mae_dist.train.knn import KnnWatch
 from mae_dist.train.loop import Run, train
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
+from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, is_unevaluated, open_journal
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Stopped, StopRequest
 from mae_dist.train.validate import Validation
 from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
-
-# What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
-FREE = {
-    "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
-    "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
-    "train.knn_every", "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints",
-    "train.keep_every", "train.max_skipped", "train.accept_changes", "train.timeout", "train.watchdog",
-    "engine.name", "engine.zero_stage", "engine.offload", "engine.compile", "engine.compress_gradients",
-}  # fmt: skip
-# What decides, with the data, which sample is where: kept in each checkpoint, not only in the run's config.yaml.
-ORDER = ("train.seed", "train.global_batch_size", "data.mode", "data.lanes", "data.window", "data.repeated_aug")
-CONFIG_FILE = "config.yaml"
 
 
 def pretrain(config: Config) -> int:
@@ -90,11 +77,7 @@ def _train(
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
     num_samples = int(sources[0].counts.sum())
     total = config.train.steps or math.ceil(config.train.epochs * num_samples / batch)
-    meta = {
-        "data": {"digest": sources[0].digest, "num_samples": num_samples},
-        "order": {key: value for key, value in flat(config) if key in ORDER},
-        "world_size": world.size,
-    }
+    meta = identity(config, sources[0]) | {"world_size": world.size}
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
     engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
@@ -112,14 +95,8 @@ def _train(
     epoch_steps = num_samples / batch
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
     bad = BadSamples(run_dir, config.data.max_bad_fraction)
-    stream = (ImageStream if config.data.mode == "exact" else ResampledStream)(
-        sources[0], config.model.height_width, config.data, config.train.seed, batch, accumulate, start,
-        world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
-    )  # fmt: skip
     micro = batch // world.size // accumulate
-    knn = None
-    if config.train.knn_every:
-        knn = KnnWatch(config, sources[0], sources[1], micro, epoch_steps, world, bad)
+    knn = KnnWatch(config, *sources, micro, epoch_steps, world, bad) if config.train.knn_every else None
     journal = open_journal(config, world, start) if world.is_main else None
     take = partial(capture, engine, health.counters)
     saver = Saver(checkpoints, take, state_bytes(engine), config.train.async_save, config.train.save_minutes, journal)
@@ -129,7 +106,7 @@ def _train(
         config=config,
         world=world,
         engine=engine,
-        stream=stream,
+        stream=open_stream(config, sources[0], world, accumulate, start, bad),
         bad=bad,
         num_samples=num_samples,
         accumulate=accumulate,
@@ -149,6 +126,15 @@ def _train(
         evaluate_first=evaluate_first,
     )
     _train_and_report(run)
+
+
+def open_stream(
+    config: Config, source: Source, world: World, accumulate: int, start: int, bad: BadSamples
+) -> ImageStream | ResampledStream:
+    return (ImageStream if config.data.mode == "exact" else ResampledStream)(
+        source, config.model.height_width, config.data, config.train.seed, config.train.global_batch_size, accumulate,
+        start, world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
+    )  # fmt: skip
 
 
 def _train_and_report(run: Run) -> None:
@@ -214,64 +200,6 @@ def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, met
     step = check_resume(config, checkpoint, meta)
     health.restore(restore(engine, checkpoint))
     return step
-
-
-def check_resume(config: Any, checkpoint: Path, meta: dict) -> int:
-    """The updates behind a checkpoint of a run. Raises UserError when config or data are not the run's."""
-    saved = read_meta(checkpoint)
-    order = [(key, was, meta["order"].get(key)) for key, was in saved.get("order", {}).items()]
-    changes = [f"{key} (was {was}, now {now})" for key, was, now in order if was != now]
-    changes += [change for change in changed(config) if change not in changes]
-    if saved["data"] != meta["data"]:
-        changes.append(f"the training data (was {saved['data']}, now {meta['data']})")
-    if changes and not config.train.accept_changes:
-        raise UserError(
-            f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
-            "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
-        )
-    return saved["step"]
-
-
-def is_unevaluated(config: Config, start: int, total: int) -> bool:
-    """Whether a stop signal cut the evaluation after update `start` short."""
-    path = config.train.run_dir / FILE_NAME
-    if start % config.train.eval_every and start < total:
-        return False
-    return not any(r["kind"] == "image" and r["step"] == start for r in (read(path) if path.is_file() else ()))
-
-
-def changed(config: Any) -> list[str]:
-    """The keys that decide the numbers of a run and are not what its `config.yaml` says."""
-    path = config.train.run_dir / CONFIG_FILE
-    if not path.is_file():
-        return []
-    before = yaml.safe_load(path.read_text())
-    default, now = (yaml.safe_load(to_yaml(c)) for c in (type(config)(), config))
-    different = []
-    for key, _ in flat(config):
-        section, name = key.split(".")
-        was = before.get(section, {}).get(name, default[section][name])  # a key may be newer than the run
-        value = now[section][name]
-        if was != value and key not in FREE and section != "track":
-            different.append(f"{key} (was {was}, now {value})")
-    return different
-
-
-def open_journal(config: Config, world: World, start: int) -> Journal:
-    """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
-    journal = Journal(config.train.run_dir / FILE_NAME)
-    again = journal.cut(start)
-    if again:
-        journal.write({"kind": "cut", "steps": again})
-    save_config(config)
-    return journal
-
-
-def save_config(config: Any) -> None:
-    """Write the resolved config into its run directory, whole or not at all."""
-    aside = config.train.run_dir / f".{CONFIG_FILE}"
-    aside.write_text(to_yaml(config))
-    aside.rename(config.train.run_dir / CONFIG_FILE)
 
 
 def describe(run: Run) -> None:

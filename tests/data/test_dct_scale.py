@@ -18,7 +18,7 @@ from mae_dist.data.decode import decode, reduced
 from mae_dist.data.turbojpeg import LIBRARY, library
 from mae_dist.errors import UserError
 from mae_dist.shards.write import shard
-from mae_dist.train.run import CONFIG_FILE, changed
+from mae_dist.train.resume import CONFIG_FILE, changed
 
 SIZE = (64, 64)
 HEIGHT, WIDTH = 601, 803  # no multiples of 8

@@ -10,7 +10,7 @@ from mae_dist.config import Config
 from mae_dist.errors import UserError
 from mae_dist.train import TrainConfig
 from mae_dist.train.progress import duration
-from mae_dist.train.run import CONFIG_FILE, changed
+from mae_dist.train.resume import CONFIG_FILE, changed
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))

@@ -75,9 +75,9 @@ def slow(monkeypatch, gate: threading.Event):
 def test_training_goes_on_while_a_snapshot_is_written(saver, tmp_path, monkeypatch):
     gate = threading.Event()
     slow(monkeypatch, gate)
-    saver.engine.step = 1
+    saver.take.args[0].step = 1
     saver.save(1, {}, wait=False)
-    saver.engine.step = 2  # later steps do not change what is written
+    saver.take.args[0].step = 2  # later steps do not change what is written
     saver.report()
     assert steps(tmp_path / "c") == []
     gate.set()
@@ -112,13 +112,13 @@ def test_one_save_at_a_time(saver, tmp_path, monkeypatch):
 
 def test_a_signal_during_a_save_is_acted_on_after_it(saver, tmp_path):
     """Also the second SIGINT, which interrupts: the checkpoint is whole first."""
-    gather, came = saver.engine.gather, []
+    gather, came = saver.take.args[0].gather, []
 
     def interrupted(name):
         signal.raise_signal(signal.SIGINT)
         return gather(name)
 
-    saver.engine.gather = interrupted
+    saver.take.args[0].gather = interrupted
     with pytest.raises(KeyboardInterrupt):
         saver.save(3, {}, wait=True)
     assert steps(tmp_path / "c") == [3]
