@@ -85,7 +85,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_its_error_is_the_one_shown(
     done = drill(shards, tmp_path, "forward:17:1:error")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1 and "KeyError: 'the real error'" in done.stderr
-    assert "error: ended because rank 1 failed: KeyError: 'the real error'" in done.stderr
+    assert "ended because rank 1 failed: KeyError: 'the real error'" in done.stderr
     assert status(tmp_path) == "FAILED"
 
 
