@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 
 SEEDS ?= 1 2 3 4 5 6 7 8
 
-.PHONY: demo test chaos lint format clean
+.PHONY: demo test test-all chaos lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mae-dist demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 # Hours of a bad cluster in minutes: a run under fire for each of SEEDS; also ENGINE=deepspeed ZERO=2.
 chaos: $(VENV)/.dev

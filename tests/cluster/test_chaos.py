@@ -26,6 +26,7 @@ def undisturbed(shards) -> Path:
     return chaos.undisturbed(shards.parent, shards, ranks=2, engine=[])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_under_fire_is_the_run_that_nobody_touched(shards, undisturbed, tmp_path, seed):
     draw = random.Random(seed)

@@ -96,6 +96,7 @@ def test_a_killed_rank_is_named(shards, tmp_path):
     assert status(tmp_path) == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_by_another_and_the_run_gives_up(shards, tmp_path):
     done = drill(shards, tmp_path, f"forward:17:1:{int(signal.SIGSTOP)}", "--train.timeout=8")
     assert done.returncode in (75, 128 + signal.SIGKILL)  # torchrun has to kill the frozen one
@@ -120,6 +121,7 @@ def node(shards: Path, runs: Path, port: int, is_host: bool, log: Path) -> subpr
     return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow
 def test_elastic_the_run_goes_on_with_the_node_that_is_left(shards, tmp_path):
     """One of two launchers is killed; its process, an orphan, ends itself; the other node goes on alone."""
     with socket.socket() as probe:

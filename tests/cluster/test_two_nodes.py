@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.test_pretrain import STEPS, arguments, status
 from tests.conftest import losses, mae_dist
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
 TIMEOUT = 6  # seconds, of a collective
 LONG = 6 * STEPS

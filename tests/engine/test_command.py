@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import TINY, losses, mae_dist
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.worker import ENGINES, STEPS
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PLAIN = [label for label in ENGINES if not label.startswith("zero")]
 HAVE = list(ENGINES) if importlib.util.find_spec("deepspeed") else PLAIN
 LABELS = [
