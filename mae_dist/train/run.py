@@ -17,7 +17,7 @@ from mae_dist.config import Config
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
-from mae_dist.errors import UserError
+from mae_dist.errors import Ended, UserError
 from mae_dist.model import MAE
 from mae_dist.track.journal import read
 from mae_dist.track.tracker import MLflowTracker
@@ -58,7 +58,7 @@ def pretrain(config: Config) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{config.train.name}: {stopped}", flush=True)
     except Exception as error:
-        if not is_echo(error):
+        if isinstance(error, Ended) or not is_echo(error):
             raise
         stop.leaving = True
         time.sleep(ECHO)  # whose error it is, or torchrun, is to be heard first

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from tests.cluster import laws
 from tests.cluster.job import kill
+from tests.cluster.nodes import plug
 from tests.cluster.scene import PATIENCE_S, SAVE_EVERY, Scene, await_true
 
 FILLER = "filler"
@@ -22,7 +23,7 @@ def kill_rank(scene: Scene) -> tuple[str, Deadly]:
 
 def kill_agent(scene: Scene) -> tuple[str, Deadly]:
     """The scheduler sees the job's end at once, and starts the next attempt while ranks may still be there."""
-    kill(scene.job.agent.pid)
+    kill(scene.job.agents[-1].pid)
     return f"SIGKILL torchrun, {len(scene.job.ranks())} ranks without a parent", True
 
 
@@ -67,7 +68,7 @@ def stop_for_good(scene: Scene) -> tuple[str, Deadly]:
     rank = scene.random.choice(scene.job.ranks())
     kill(rank.pid, signal.SIGSTOP)
     time.sleep(scene.random.uniform(0.5, 2))
-    kill(scene.job.agent.pid, signal.SIGTERM)
+    kill(scene.job.agents[-1].pid, signal.SIGTERM)
     scene.job.wait(2)
     scene.job.kill_all()
     return f"SIGSTOP rank {rank.environment['RANK']}; the scheduler ends the job", True
@@ -80,7 +81,7 @@ def terminate_rank(scene: Scene) -> tuple[str, Deadly]:
 
 
 def terminate_agent(scene: Scene) -> tuple[str, Deadly]:
-    kill(scene.job.agent.pid, signal.SIGTERM)
+    kill(scene.job.agents[-1].pid, signal.SIGTERM)
     return "SIGTERM torchrun", True
 
 
@@ -101,6 +102,19 @@ def stop_mlflow(scene: Scene) -> tuple[str, Deadly]:
     assert scene.server
     scene.server.stop()
     return "SIGKILL the MLflow server", False
+
+
+def cut_link(scene: Scene) -> tuple[str, Deadly]:
+    """For a moment, or for longer than a collective waits: then both nodes give up."""
+    plug(scene.nodes[1], "down")
+    if scene.random.random() < 0.5:
+        seconds = scene.random.uniform(0.2, 1.5)
+        time.sleep(seconds)
+        plug(scene.nodes[1], "up")
+        return f"the cable between the nodes cut for {seconds:.1f} s", scene.job.ended()
+    ended = await_true(scene.job.ended)
+    plug(scene.nodes[1], "up")
+    return "the cable between the nodes cut until both gave up", ended
 
 
 def start_twice(scene: Scene) -> tuple[str, Deadly]:
@@ -136,4 +150,5 @@ KINDS: dict[str, Callable[[Scene], tuple[str, Deadly]]] = {
     "disk full": fill_disk,
     "mlflow gone": stop_mlflow,
     "twice": start_twice,
+    "link cut": cut_link,
 }

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from mae_dist.track import journal
+from tests.cluster.nodes import ADDRESSES
 
 ROOT = Path(__file__).parents[2]
 MARK = "CHAOS_MARK"
@@ -50,22 +52,37 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 class Job:
-    """`ranks` processes under torchrun that run `arguments` of the audited command line; `attempt` is its number."""
+    """`ranks` processes under torchrun that run `arguments` of the audited command line; `attempt` is its number.
 
-    def __init__(self, folder: Path, attempt: int, ranks: int, arguments: list[str]):
+    `nodes`: two network namespaces to share the ranks, each with an agent of its own; none: this machine.
+    """
+
+    def __init__(self, folder: Path, attempt: int, ranks: int, arguments: list[str], nodes: Sequence[str] = ()):
         self.folder, self.attempt, self.mark = folder, attempt, uuid.uuid4().hex
         self.reached = 0  # by the attempts before, as far as the journal knows
         self.audit, self.log = folder / "audit", folder / f"attempt-{attempt:03d}.log"
         self.audit.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        command += [f"--nproc-per-node={ranks}", "-m", "tests.cluster.audited", *arguments]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        work = ["-m", "tests.cluster.audited", *arguments]
+        commands = [[*torchrun, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}", *work]]
+        if nodes:
+            torchrun[2] = "mae_dist.launch"  # as launch/torchrun.sh does
+            meet = [f"--nnodes={len(nodes)}", f"--master-addr={ADDRESSES[0]}", f"--master-port={29500 + attempt}"]
+            meet += [f"--nproc-per-node={ranks // len(nodes)}"]
+            commands = [
+                ["ip", "netns", "exec", node, *torchrun, *meet, f"--node-rank={i}", *work]
+                for i, node in enumerate(nodes)
+            ]
         own = {"CHAOS_AUDIT": str(self.audit), "CHAOS_ATTEMPT": str(attempt), MARK: self.mark}
         shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with self.log.open("wb") as log:
-            self.agent = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=folder, start_new_session=True,
-                env={**os.environ, **shared, **own},
-            )  # fmt: skip
+        cable = {"GLOO_SOCKET_IFNAME": "cable"} if nodes else {}
+        with self.log.open("ab") as log:
+            self.agents = [
+                subprocess.Popen(
+                    command, stdout=log, stderr=log, cwd=folder, start_new_session=True,
+                    env={**os.environ, **shared, **own, **cable},
+                ) for command in commands
+            ]  # fmt: skip
 
     def steps(self) -> list[int]:
         """What rank 0 was given so far."""
@@ -77,7 +94,7 @@ class Job:
         return max(self.steps(), default=0)
 
     def ended(self) -> bool:
-        return self.agent.poll() is not None
+        return all(agent.poll() is not None for agent in self.agents)
 
     def ranks(self) -> list[Process]:
         """The training processes, by rank, also when their agent is gone."""
@@ -95,9 +112,11 @@ class Job:
         return [p for p in marked(self.mark) if "mae_dist.track.mlflow" not in p.command]
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status of the agent; None if it is still there after `seconds`."""
+        """The exit status of the first agent; None if one is still there after `seconds`."""
+        deadline = time.monotonic() + seconds
         with suppress(subprocess.TimeoutExpired):
-            return self.agent.wait(seconds)
+            codes = [agent.wait(max(0.0, deadline - time.monotonic())) for agent in self.agents]
+            return codes[0]
         return None
 
     def kill_all(self) -> None:
@@ -106,10 +125,10 @@ class Job:
         while left := marked(self.mark):
             for process in left:
                 kill(process.pid)
-            self.agent.poll()
+            self.ended()
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
-        self.agent.wait(30)
+        self.wait(30)
 
     def tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -5,18 +5,20 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mae_dist.shards.write import shard
 from tests.cluster import laws
 from tests.cluster.job import Job
+from tests.cluster.nodes import two_nodes
 from tests.conftest import TINY, write_images
 from tests.track.conftest import Server
 
 STEPS, BATCH, SAVE_EVERY, HELD_OUT, SEED = 60, 14, 5, 1, 0  # 40 images: batches straddle epochs
 PATIENCE_S = 100.0  # a job that has not ended by then after a deadly fault never will
+TIMEOUT_S = 8  # of a collective, where a cable is cut
 TMPFS = "8m"  # about eleven checkpoints
 
 
@@ -35,6 +37,8 @@ class Scene:
     jobs: list[Job] = field(default_factory=list)
     server: Server | None = None
     wrong: list[str] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+    """Network namespaces that the ranks are in, if any."""
 
     @property
     def run(self) -> Path:
@@ -47,7 +51,7 @@ class Scene:
     def start(self) -> Job:
         """The next attempt: the same command, as always."""
         given = arguments(self.shards, self.folder / "runs", *self.engine, *self.more)
-        self.job = Job(self.folder, self.attempts + 1, self.ranks, given)
+        self.job = Job(self.folder, self.attempts + 1, self.ranks, given, self.nodes)
         self.jobs.append(self.job)
         self.job.reached = laws.last_journal_step(self.run)
         return self.job
@@ -69,7 +73,11 @@ class Scene:
         checkpoints.mkdir(parents=True)
         if "disk full" in kinds:
             mount(checkpoints)
+        stack = ExitStack()
         try:
+            if "link cut" in kinds:
+                self.nodes = stack.enter_context(two_nodes())
+                self.more += [f"--train.timeout={TIMEOUT_S}"]
             if "mlflow gone" in kinds:
                 self.server = Server(self.folder)
                 self.start_server()
@@ -78,6 +86,7 @@ class Scene:
         finally:
             for job in self.jobs:
                 job.kill_all()
+            stack.close()
             if self.server:
                 self.server.stop()
             if "disk full" in kinds:
