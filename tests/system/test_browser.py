@@ -79,9 +79,9 @@ def test_the_loss_curve_and_the_reconstructions_are_on_the_runs_page(runs, serve
         page.locator(".js-plotly-plot .scatterlayer path.js-line").first.wait_for(state="attached", timeout=60_000)
         page.screenshot(path=keep / "mlflow-metrics.png")
         picture = page.locator("img[src*='get-artifact'], img[src^='blob:']").first
-        for _ in range(60):  # cards are drawn when they are scrolled to
+        for _ in range(60):  # cards are drawn when they are scrolled to,
             page.mouse.move(600, 800)
-            page.mouse.wheel(0, 3000)
+            page.mouse.wheel(0, 600)  # and only while they are seen
             if picture.count() and picture.evaluate("image => image.naturalWidth") > 100:
                 break
             page.wait_for_timeout(1000)
