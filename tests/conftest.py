@@ -72,3 +72,15 @@ def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step, from a run's journal."""
     records = map(json.loads, (run_dir / "journal.jsonl").read_text().splitlines())
     return {r["step"]: r["metrics"]["loss/train"] for r in records if "loss/train" in r.get("metrics", {})}
+
+
+def has_turbojpeg() -> bool:
+    """Whether TurboJPEG >= 3 is here."""
+    from mae_dist.data.turbojpeg import library
+    from mae_dist.errors import UserError
+
+    try:
+        library()
+    except UserError:
+        return False
+    return True

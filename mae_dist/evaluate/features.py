@@ -7,9 +7,8 @@ processes, each image is in them once, what was interrupted goes on, and readers
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from mae_dist.config import Config
 from mae_dist.data import BadSamples, Source, centred_batches
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import World
-from mae_dist.engine.base import Precision
+from mae_dist.engine.update import autocast
 from mae_dist.evaluate.checkpoints import Pretrained, trained, untrained
 
 BLOCK, BATCH = 1024, 256  # samples in a file, and encoded at once
@@ -45,11 +44,6 @@ def extractor(kind: Kind, pool: Pool, encoder: Pretrained, device: torch.device)
 def pooled(tokens: Tensor, pool: Pool) -> Tensor:
     """(B, 1+N, D) to (B, D)."""
     return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 class Features:
@@ -121,7 +115,7 @@ def _make(
             rows, labels = [], []
             for _ in range(0, len(span), BATCH):
                 batch = next(batches)
-                with autocast(config.train.precision, world.device):
+                with autocast(world.device, config.train.precision):
                     made = function(normalise(batch.images.to(world.device)))
                 rows.append(made.float().cpu())
                 labels.append(batch.labels)

@@ -12,7 +12,7 @@ from mae_dist.data import Batch
 from mae_dist.engine import StepResult, World
 from mae_dist.engine.base import Precision
 from mae_dist.engine.state import WEIGHTS
-from mae_dist.evaluate.features import autocast
+from mae_dist.engine.update import autocast
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
 
@@ -34,7 +34,7 @@ class Learner:
         ema: float | None = None,
     ):
         self.model, self.optimizer, self.world, self.accumulate = model, optimizer, world, accumulate
-        self.autocast, self.clip_grad = autocast(precision, world.device), clip_grad
+        self.autocast, self.clip_grad = autocast(world.device, precision), clip_grad
         self.ema = ModelEmaV3(model, decay=ema) if ema else None
         self.named = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.loss = torch.zeros((), device=world.device)

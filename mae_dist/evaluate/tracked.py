@@ -12,8 +12,7 @@ from mae_dist.config import Config
 from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.track import TrackConfig
 from mae_dist.track.journal import FILE_NAME, Journal
-from mae_dist.track.mlflow import PARENT
-from mae_dist.track.place import tracking_uri
+from mae_dist.track.place import PARENT, tracking_uri
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.stop import Stopped
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from mae_dist.errors import UserError
 from mae_dist.track import TrackConfig, journal
-from mae_dist.track.place import ENVIRONMENT, is_server, opening, tracking_uri, ui_command, user
+from mae_dist.track.place import ENVIRONMENT, PARENT, is_server, opening, tracking_uri, ui_command, user
 from mae_dist.track.state import BATCH_METRICS, Batch, State, Summary, unsent
 from mae_dist.track.tracker import MLflowTracker, is_gone
 
@@ -31,7 +31,6 @@ LOCK_NAME = "mlflow.lock"
 POLL_S = 1.0
 BACKOFF_S = 10.0  # the longest pause between two tries
 PATIENCE_S = 60.0  # how long an unreachable server is tried after the trainer is gone
-PARENT = "mae_dist.parent_dir"  # tag: the directory of the run that this one belongs to; nested under it in MLflow
 SILENCE_S = 600.0  # a run without an end whose journal has been still for this long is dead to `sync`
 
 

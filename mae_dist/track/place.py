@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from mae_dist.track import journal, state
 
+PARENT = "mae_dist.parent_dir"  # tag: the directory of the run that this one belongs to; nested under it in MLflow
 ENVIRONMENT = {  # MLflow's own defaults block a call for four minutes when a server is down
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

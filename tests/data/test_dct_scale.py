@@ -15,10 +15,11 @@ from mae_dist.config import Config, TrainConfig
 from mae_dist.data import DataConfig, open_sources
 from mae_dist.data.augment import finish, random_box, random_views, uniforms
 from mae_dist.data.decode import decode, reduced
-from mae_dist.data.turbojpeg import LIBRARY, library
+from mae_dist.data.turbojpeg import LIBRARY
 from mae_dist.errors import UserError
 from mae_dist.shards.write import shard
 from mae_dist.train.resume import CONFIG_FILE, changed
+from tests.conftest import has_turbojpeg
 
 SIZE = (64, 64)
 HEIGHT, WIDTH = 601, 803  # no multiples of 8
@@ -50,14 +51,6 @@ LARGE = encode(PHOTO, quality=90)
 def psnr(a, b) -> float:
     a, b = (torch.as_tensor(np.asarray(x)).double() for x in (a, b))
     return float(10 * torch.log10(255**2 / ((a - b) ** 2).mean().clamp(min=1e-9)))
-
-
-def has_turbojpeg() -> bool:
-    try:
-        library()
-    except UserError:
-        return False
-    return True
 
 
 @given(

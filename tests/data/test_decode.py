@@ -13,6 +13,7 @@ from mae_dist.data.augment import finish, random_views
 from mae_dist.data.decode import decode
 from mae_dist.data.turbojpeg import LIBRARY, library
 from mae_dist.errors import UserError
+from tests.conftest import has_turbojpeg
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 SMOOTH = Image.fromarray(PIXELS).resize((40, 30), Image.Resampling.BICUBIC)
@@ -111,14 +112,6 @@ def test_pil_is_the_official_loader_to_the_bit(form):
         np.testing.assert_array_equal(ours.permute(1, 2, 0).numpy(), np.array(theirs))
         flips += view.flip
     assert 0 < flips < 20
-
-
-def has_turbojpeg() -> bool:
-    try:
-        library()
-    except UserError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(not has_turbojpeg(), reason=f"no TurboJPEG >= 3 here; {LIBRARY} may point to one")
