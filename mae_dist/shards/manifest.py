@@ -135,16 +135,22 @@ class Manifest:
         path = directory / FILE_NAME
         if not path.is_file():
             raise UserError(f"{directory}: no {FILE_NAME} here; make shards with: mae-dist shard IMAGES {directory}")
-        try:
-            listing = json.loads(path.read_text())
-            shards = [Shard(**entry) for entry in listing["shards"]]
-            manifest = Manifest(directory, shards, listing["classes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a manifest of mae-dist ({error!r}); shard the images again") from error
-        if listing["version"] != VERSION:
-            raise UserError(f"{path}: version {listing['version']}, this mae-dist reads {VERSION}; shard again")
-        for i in range(len(shards) if check else 0):
+        manifest = Manifest.parse(path.read_text(), directory, str(path))
+        for i in range(len(manifest.shards) if check else 0):
             manifest._check_shard(i)
+        return manifest
+
+    @staticmethod
+    def parse(text: str, directory: Path, place: str) -> "Manifest":
+        """The content of `manifest.json`, which came from `place`. Raises UserError when it is not one."""
+        try:
+            listing = json.loads(text)
+            manifest = Manifest(directory, [Shard(**entry) for entry in listing["shards"]], listing["classes"])
+            version = listing["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{place}: not a manifest of mae-dist ({error!r}); shard the images again") from error
+        if version != VERSION:
+            raise UserError(f"{place}: version {version}, this mae-dist reads {VERSION}; shard again")
         return manifest
 
     def _check_shard(self, i: int) -> None:

@@ -1,4 +1,4 @@
-"""From here to a remote OUT (any fsspec URL)."""
+"""From here to OUT, which may be remote (any fsspec URL)."""
 
 import time
 from pathlib import Path
@@ -36,13 +36,25 @@ def upload(path: Path, url: str) -> None:
             time.sleep(PAUSE * 2**attempt)
 
 
-def refuse_full(url: str) -> None:
-    """Raises UserError when something is there already."""
-    system, target = system_of(url)
+def is_empty(directory: str) -> bool:
+    """Also when it is not there, local or remote. A file is not."""
+    system, target = system_of(directory)
+    system.invalidate_cache()  # other machines write there too
     try:
-        full = bool(system.ls(target, detail=False))
+        return not system.ls(target, detail=False)
     except FileNotFoundError:
-        full = False
-    if full:
-        raise UserError(f"{url}: already exists and is not empty; write a new directory or remove this one")
+        return True
+
+
+def make_directory(directory: str) -> None:
+    system, target = system_of(directory)
     system.makedirs(target, exist_ok=True)
+
+
+def read_if_there(directory: str, name: str) -> str:
+    """A small file's text; empty when it is not there."""
+    system, target = system_of(join(directory, name))
+    try:
+        return system.cat_file(target).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""

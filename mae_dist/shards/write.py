@@ -4,9 +4,12 @@ All is written into `OUT.partial`: `plan/` (the plan, one small record a finishe
 OUT when it is whole. A start that finds a plan goes on with it; so do other machines, each with its `--part`.
 """
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
-from mae_dist.shards.publish import refuse_full, system_of, upload
+from mae_dist.shards.publish import is_empty, make_directory, read_if_there, system_of, upload
 from mae_dist.shards.remote import is_remote, join
 
 RECIPE_NAME = "recipe.json"  # in OUT: what made it, and how a late start knows that it is done
@@ -52,7 +55,12 @@ class Place:
         return FileLock(self.aside / f"{name}.lock", timeout=timeout)
 
     def remove(self) -> None:
-        shutil.rmtree(self.aside, ignore_errors=True)
+        """In one step for the other parts: they find all of it, or none."""
+        gone = f"{self.aside.name}.gone-"
+        with suppress(FileNotFoundError):  # another part was faster
+            self.aside.rename(self.aside.with_name(f"{gone}{socket.gethostname()}-{os.getpid()}"))
+        for directory in self.aside.parent.glob(f"{glob.escape(gone)}*"):  # also of one that was killed right here
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
@@ -110,6 +118,8 @@ def shard(
             f"{place.aside}: another mae-dist shard is at work here; wait for it, or write --part"
         ) from None
     except OSError as error:
+        if finished := _finished_before(place, wanted):
+            return finished  # our shards were there, so the other parts completed OUT, and tidied up under us
         raise UserError(
             f"{error}; start the same command again to go on: finished shards stay in {place.aside}"
         ) from error
@@ -120,17 +130,13 @@ def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
 
     Raises UserError when OUT holds anything else and is not ours to go on with.
     """
-    out = Path(place.out)
-    if place.remote:
-        if Plan.load(place.plan) is None:
-            refuse_full(place.out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        recipe = out / RECIPE_NAME
-        if not recipe.is_file() or recipe.read_text() != wanted.text():
-            raise UserError(f"{out}: already exists and is not empty; write a new directory or remove this one")
-        place.remove()  # left when a start was killed between completing OUT and tidying up
-        return Manifest.load(out)
-    return None
+    if (place.remote and Plan.load(place.plan) is not None) or is_empty(place.out):
+        return None
+    recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
+    if recipe != wanted.text() or not text:
+        raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
+    place.remove()  # left when a start was killed between completing OUT and tidying up
+    return Manifest.parse(text, Path(place.out), place.out) if place.remote else Manifest.load(place.out)
 
 
 def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
@@ -138,10 +144,14 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
     with place.lock():
         plan = Plan.load(place.plan)
         if plan is None:
+            if _finished_before(place, wanted):
+                raise FileNotFoundError(f"{place.plan}: gone")
             try:
                 for directory in (place.plan, place.shards):
                     shutil.rmtree(directory, ignore_errors=True)
                     directory.mkdir()
+                if place.remote:
+                    make_directory(place.out)
                 source = recognise(wanted.images, bool(wanted.labels))
                 return make_plan(place.plan, wanted, source, source.pieces(partial(in_order, workers=workers)))
             except UserError:
@@ -210,9 +220,8 @@ def _remove_all(place: Place, plan: Plan) -> None:
 def finish(place: Place, plan: Plan) -> Manifest | None:
     """Complete OUT if every shard is there, whichever part wrote it. None: other parts have not ended yet."""
     with place.lock():
-        if Plan.load(place.plan) is None:  # another part was faster
-            place.remove()
-            return None if place.remote else Manifest.load(place.out)
+        if Plan.load(place.plan) is None:
+            raise FileNotFoundError(f"{place.plan}: gone")
         done = already_done(place.aside, plan, place.remote)
         if len(done) < plan.num_shards:
             return None

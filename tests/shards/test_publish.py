@@ -54,6 +54,9 @@ def test_shards_on_s3_are_those_of_a_local_run(s3, images, shards, tmp_path):
     assert "46 images, 2 classes, 5 shards" in done.stdout
     assert remote_content(out) == {path.name: path.read_bytes() for path in shards.iterdir()}
     assert not list(tmp_path.iterdir())
+    late = mae_dist("shard", images, out, "--shard-size", 10, "--aside", aside, "--part", "1/3")  # requeued, say
+    assert "46 images, 2 classes, 5 shards" in late.stdout
+    assert not list(tmp_path.iterdir())
     again = mae_dist("shard", images, out, "--aside", aside, check=False)
     assert again.returncode == 2 and "already exists and is not empty" in again.stderr
 

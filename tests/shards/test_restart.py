@@ -19,6 +19,7 @@ import pytest
 from filelock import FileLock
 
 from mae_dist.errors import UserError
+from mae_dist.shards import write
 from mae_dist.shards.one_shard import write_shard
 from mae_dist.shards.write import make_recipe, place_of, prepare, shard
 from tests.conftest import mae_dist, write_images
@@ -96,14 +97,32 @@ def test_parts_in_any_order_give_the_same_bytes_and_the_last_completes(images, s
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("step", ["lock", "prepare", "already_done", "carry_out", "finish"])
+def test_a_part_under_which_another_completes_and_tidies_up_is_done(images, shards, tmp_path, monkeypatch, step):
+    out, where = tmp_path / "out", write.Place if step == "lock" else write
+    shard(images, out, shard_size=10, part=(0, 2))
+    honest = getattr(where, step)
+
+    def late(*arguments, **options):
+        if not out.exists():
+            shutil.copytree(shards, out)
+            write.place_of(out).remove()
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(where, step, late)
+    assert shard(images, out, shard_size=10, part=(0, 2)).num_samples == 46
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_parts_at_the_same_time(images, shards, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mae_dist", "shard", str(images), str(out), "--shard-size", "10", "--workers", "1"]
-    parts = [subprocess.Popen([*command, "--part", f"{i}/3"], stdout=subprocess.PIPE, text=True) for i in range(3)]
-    said = [process.communicate(timeout=120)[0] for process in parts]
-    assert [process.returncode for process in parts] == [0, 0, 0]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parts = [subprocess.Popen([*command, "--part", f"{i}/3"], **pipes) for i in range(3)]
+    said = [process.communicate(timeout=120) for process in parts]
+    assert [process.returncode for process in parts] == [0, 0, 0], said
     assert content(out) == content(shards)
-    assert 1 <= sum("46 images" in line for line in said) <= 3
+    assert 1 <= sum("46 images" in line for line, _ in said) <= 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
