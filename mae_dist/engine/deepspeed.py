@@ -101,7 +101,7 @@ class DeepSpeedEngine(Updating):
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         self.optimizer = fused_adamw(param_groups(model, optim.weight_decay), optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.update = Update(self.optimizer, world, optim, precision)
+        self.update = Update(self.optimizer, world, optim.clip_grad, precision)
         self.optimizer.register_step_pre_hook(self._before_update)
         self.armed = True  # stage 3 begins with a step on zeros: unarmed, it would count
         self.norm = torch.zeros((), device=world.device)

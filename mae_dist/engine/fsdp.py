@@ -38,7 +38,7 @@ class FSDPEngine(Updating):
         self.pieces = {id(p): p.detach().to_local() for p in self.sharded}
         pieces = [group | {"params": [self.pieces[id(p)] for p in group["params"]]} for group in groups]
         self.optimizer = fused_adamw(pieces, optim)
-        self.update = Update(self.optimizer, world, optim, precision)
+        self.update = Update(self.optimizer, world, optim.clip_grad, precision)
 
     def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)

@@ -33,7 +33,7 @@ class NativeEngine(Updating):
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         self.optimizer = fused_adamw(param_groups(model, optim.weight_decay), optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.update = Update(self.optimizer, world, optim, precision)
+        self.update = Update(self.optimizer, world, optim.clip_grad, precision)
         self.ddp: Any = None
         if world.size > 1:
             static = accumulate == 1

@@ -1,6 +1,6 @@
 """The last yard of every step, the same for all engines: loss scaling, clipping and skipping, on the device.
 
-All three are handed to fused AdamW as one divisor and one flag: no pass over the gradients beyond the norm, no waiting
+All three are handed to the optimizer (fused AdamW, LARS) as one divisor and one flag: no pass over the gradients beyond the norm, no waiting
 for the device, and an update that is skipped leaves weights, moments and counters as they are, bit for bit.
 """
 
@@ -37,9 +37,11 @@ def compile_blocks(model: nn.Module) -> None:
 class Update:
     """One update after the other: collects the loss, arms the optimizer, counts."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, world: World, optim: OptimConfig, precision: Precision):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, world: World, clip_grad: float | None, precision: Precision
+    ):
         self.optimizer: Any = optimizer
-        self.world, self.clip_grad = world, optim.clip_grad
+        self.world, self.clip_grad = world, clip_grad
         self.loss = torch.zeros((), device=world.device)
         self.bad = torch.ones((), device=world.device)
         self.optimizer.found_inf = self.bad  # nothing moves unless armed
@@ -55,7 +57,7 @@ class Update:
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's: a layer's share
 
     def arm(self, norm: Tensor) -> Tensor:
         """Tell the optimizer what its next step does, from the norm of the reduced gradients.
@@ -68,7 +70,7 @@ class Update:
         self.bad = (~finite if self.veto is None else ~finite | self.veto).float()
         self.world.max(self.bad)
         clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
-        # Fused AdamW divides the gradients by grad_scale, and changes nothing when found_inf is 1.
+        # The optimizer divides the gradients by grad_scale, and changes nothing when found_inf is 1.
         divisor = scale * clip
         self.optimizer.grad_scale = divisor if torch.is_tensor(divisor) else None
         self.optimizer.found_inf = self.bad

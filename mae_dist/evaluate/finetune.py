@@ -58,8 +58,7 @@ class Finetune(Learner):
         with self.autocast:
             logits = self.ddp(images)
         loss = self.criterion(logits.float(), targets) / self.accumulate
-        self.loss += loss.detach()
-        loss.backward()
+        self.update.scaled(loss).backward()
 
     def predict(self, images: Tensor) -> Tensor:
         model = self.evaluated.eval()

@@ -14,7 +14,8 @@ def trust(weight: Tensor, update: Tensor, trust_coefficient: float, dims: int | 
 
 class LARS(torch.optim.Optimizer):
     """u = (g + weight_decay w) * trust for tensors of two dimensions and more, u = g for others; m = momentum m + u;
-    w = w - lr m. Where `found_inf` (set by the caller) is 1, nothing changes.
+    w = w - lr m. As with torch's fused optimizers, g is divided by `grad_scale`, and nothing changes where
+    `found_inf` is 1; the caller sets both.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class LARS(torch.optim.Optimizer):
             {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient},
         )
         self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -38,6 +40,8 @@ class LARS(torch.optim.Optimizer):
                 update = p.grad
                 if update is None:
                     continue
+                if self.grad_scale is not None:
+                    update = update / self.grad_scale
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
                     update = update * trust(p, update, group["trust_coefficient"], tuple(range(p.ndim)))

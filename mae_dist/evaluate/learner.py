@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from mae_dist.data import Batch
 from mae_dist.engine import StepResult, World
 from mae_dist.engine.base import Precision
-from mae_dist.engine.state import WEIGHTS
-from mae_dist.engine.update import autocast
+from mae_dist.engine.state import COUNTER, WEIGHTS
+from mae_dist.engine.update import Update, Updating, autocast
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
 
 
-class Learner:
+class Learner(Updating):
     """`model`: what is trained and saved. Subclasses say how its gradients and its predictions are made.
 
     Gradients are whole (averaged over ranks) when `forward_backward` returns from the last micro-batch.
@@ -34,10 +34,9 @@ class Learner:
         ema: float | None = None,
     ):
         self.model, self.optimizer, self.world, self.accumulate = model, optimizer, world, accumulate
-        self.autocast, self.clip_grad = autocast(world.device, precision), clip_grad
+        self.autocast, self.update = autocast(world.device, precision), Update(optimizer, world, clip_grad, precision)
         self.ema = ModelEmaV3(model, decay=ema) if ema else None
         self.named = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.loss = torch.zeros((), device=world.device)
 
     def forward_backward(self, images: Tensor, batch: Batch, last: bool) -> None:
         """One micro-batch: normalised images (B, C, H, W), and who they are."""
@@ -54,23 +53,13 @@ class Learner:
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
         """Update with this learning rate, or skip on every rank when any rank's numbers are not finite."""
-        gradients = [p.grad for p in self.named if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = (~(norm.isfinite() & self.loss.isfinite())).float()
-        self.world.max(bad)
-        if self.clip_grad is not None:
-            for gradient in gradients:
-                gradient.div_((norm / self.clip_grad).clamp(min=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW, and LARS, change nothing when it is 1
+        norm = self.update.arm(torch.nn.utils.get_total_norm([p.grad for p in self.named if p.grad is not None]))
+        self.update.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model)
-        result = StepResult(self.loss, norm, bad)
-        self.loss = torch.zeros_like(self.loss)
-        return result
+        return self.update.result(norm)
 
     @property
     def num_bytes(self) -> int:
@@ -78,13 +67,16 @@ class Learner:
         return 16 * sum(p.numel() for p in self.model.parameters())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything an update depends on, by file: weights, `KEY.PARAMETER` of the optimizer, the moving average."""
+        """Everything an update depends on, by file: weights, `KEY.PARAMETER` of the optimizer and the counters of
+        updates, the moving average.
+        """
         moments = {
             f"{key}.{name}": value
             for p, name in self.named.items()
             for key, value in self.optimizer.state.get(p, {}).items()
         }
-        files = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: moments}
+        counters = {COUNTER + name: value for name, value in self.counters().items()}
+        files = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: moments | counters}
         return files | ({AVERAGE: dict(self.ema.module.state_dict())} if self.ema else {})
 
     def write(self, directory: Path) -> list[Path]:
@@ -101,6 +93,9 @@ class Learner:
         if self.ema:
             self.ema.module.load_state_dict(load_file(directory / AVERAGE))
         places: dict[str, Any] = {name: p for p, name in self.named.items()}
-        for key, value in load_file(directory / OPTIMIZER).items():
+        moments = load_file(directory / OPTIMIZER)
+        counters = [key for key in moments if key.startswith(COUNTER)]
+        self.set_counters({key.removeprefix(COUNTER): moments.pop(key) for key in counters})
+        for key, value in moments.items():
             kind, _, name = key.partition(".")
             self.optimizer.state[places[name]][kind] = value.to(self.world.device)

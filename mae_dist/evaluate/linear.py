@@ -61,9 +61,7 @@ class LinearProbe(Learner):
         features, labels = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
         self.waiting = []
         self.model.train()
-        loss = F.cross_entropy(self.model(features), labels)
-        self.loss += loss.detach()
-        loss.backward()
+        self.update.scaled(F.cross_entropy(self.model(features), labels)).backward()
         for p in self.named:
             assert p.grad is not None
             self.world.sum(p.grad).div_(self.world.size)

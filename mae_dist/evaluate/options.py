@@ -156,7 +156,5 @@ def check_common(data: DataConfig, optim: FinetuneOptim | LinearOptim, train: Tr
         raise UserError("data: evaluation needs indexed labelled shards, --data.shards, and held-out --data.val_shards")
     if min(optim.blr, optim.min_lr, optim.warmup_epochs, optim.weight_decay, optim.lr or 0) < 0:
         raise UserError("optim: blr, lr, min_lr, warmup_epochs and weight_decay cannot be negative")
-    if train.precision == "fp16":
-        raise UserError("train.precision: fp16 is for pretraining; write bf16 or fp32")
     if train.knn_every is not None:
         raise UserError("train.knn_every: is for pretraining; leave it out")

@@ -33,9 +33,9 @@ def vit(pool="mean", drop_path=0.0):
     return classifier(SCRATCH, NetworkConfig("none", pool, drop_path), num_classes=5, seed=0)
 
 
-def learner(**augment):
+def learner(precision="fp32", **augment):
     config = FinetuneConfig(
-        augment=AugmentConfig(**augment), train=TrainConfig(global_batch_size=8, precision="fp32"),
+        augment=AugmentConfig(**augment), train=TrainConfig(global_batch_size=8, precision=precision),
         optim=FinetuneOptim(ema=0.5),
     )  # fmt: skip
     return Finetune(vit(drop_path=0.5), config, World(0, 1, torch.device("cpu")), 5, 1)
@@ -140,9 +140,10 @@ def batch(n=8):
     return torch.randn(n, 3, 16, 16), Batch(torch.empty(0), ids, torch.zeros_like(ids), ids % 5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("augment", [{}, {"mixup": 0.0, "cutmix": 0.0, "erase": 0.0}])
-def test_a_bad_number_moves_nothing_and_a_good_one_everything(augment):
-    tuned = learner(**augment)
+def test_a_bad_number_moves_nothing_and_a_good_one_everything(augment, precision):
+    tuned = learner(precision, **augment)
     images, who = batch()
     for images_, skipped in ((images * torch.nan, 1), (images, 0)):
         before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
@@ -152,9 +153,29 @@ def test_a_bad_number_moves_nothing_and_a_good_one_everything(augment):
         assert all(torch.equal(before[name], after[name]) == bool(skipped) for name in ("head.bias", "pos_embed"))
 
 
-def test_a_checkpoint_is_the_whole_state(tmp_path):
-    """Written, read into a fresh one, both go on: the same to the bit, moving average too."""
-    first, second = learner(), learner()
+def test_fp16_is_fp32_but_for_rounding():
+    """Also when the first scale of the loss is too large: updates are left out until it fits."""
+    whole, half = learner(), learner("fp16")
+    half.update.loss_scale.fill_(2.0**25)
+    images, who = batch()
+    results = []
+    for tuned in (whole, half):
+        while tuned.update.done < 3 and len(results) < 40:
+            tuned.forward_backward(images.clone(), who, True)
+            results.append(tuned.step(1e-3))
+    assert [int(result.skipped) for result in results] == [0] * 3 + [1] * (len(results) - 6) + [0] * 3
+    assert len(results) > 6
+    for one, other in zip(results[:3], results[-3:], strict=True):
+        torch.testing.assert_close(one.loss, other.loss, rtol=3e-3, atol=0)
+        torch.testing.assert_close(one.grad_norm, other.grad_norm, rtol=3e-2, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
+    """Written, read into a fresh one, both go on: the same to the bit, moving average and loss scale too."""
+    first, second = learner(precision), learner(precision)
+    if precision == "fp16":
+        first.update.loss_scale.fill_(2.0**9)
     images, who = batch()
     for _ in range(2):
         first.forward_backward(images.clone(), who, True)

@@ -40,9 +40,10 @@ def test_lars_is_its_formula():
     optimizer = LARS([matrix, vector], lr=0.3, weight_decay=0.1, momentum=0.9, trust_coefficient=0.01)
     w, b = matrix.detach().clone(), vector.detach().clone()
     m_w, m_b = torch.zeros(4, 3), torch.zeros(4)
-    for _ in range(3):
+    for scale in (None, 8.0, 2.0):
         g_w, g_b = torch.randn(4, 3), torch.randn(4)
-        matrix.grad, vector.grad = g_w.clone(), g_b.clone()
+        matrix.grad, vector.grad = g_w * (scale or 1.0), g_b * (scale or 1.0)
+        optimizer.grad_scale = torch.tensor(scale) if scale else None
         optimizer.step()
         d = g_w + 0.1 * w
         m_w = 0.9 * m_w + d * (0.01 * w.norm() / d.norm())

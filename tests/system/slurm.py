@@ -41,6 +41,7 @@ SelectTypeParameters=CR_CPU
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=2
 ReturnToService=2
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_ports[0]} CPUs=4 State=UNKNOWN
 NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_ports[1]} CPUs=4 State=UNKNOWN
