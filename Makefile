@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Test files at the same time; many of them start processes of their own.
+JOBS ?= 2
 SEEDS ?= 1 2 3 4 5 6 7 8
 
 .PHONY: demo test test-all chaos lint format clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/mae-dist demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile
 
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

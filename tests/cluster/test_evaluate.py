@@ -167,7 +167,6 @@ def handlers():
         (["finetune", "RUN", "--optim.layer_deacy=1"], "did you mean optim.layer_decay?"),
         (["finetune", "RUN", "--train.global_batch_size=9"], "even"),
         (["finetune", "RUN", "--per-class=100"], "class 0 has only"),
-        (["linear", "RUN", "--train.precision=fp16"], "bf16 or fp32"),
         (["linear", "RUN", "--train.knn_every=1"], "is for pretraining"),
     ],
 )
