@@ -37,9 +37,7 @@ def compile_blocks(model: nn.Module) -> None:
 class Update:
     """One update after the other: collects the loss, arms the optimizer, counts."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, world: World, clip_grad: float | None, precision: Precision
-    ):
+    def __init__(self, optimizer: torch.optim.Optimizer, world: World, clip_grad: float | None, precision: Precision):
         self.optimizer: Any = optimizer
         self.world, self.clip_grad = world, clip_grad
         self.loss = torch.zeros((), device=world.device)
