@@ -1,7 +1,8 @@
 """The last yard of every step, the same for all engines: loss scaling, clipping and skipping, on the device.
 
-All three are handed to the optimizer (fused AdamW, LARS) as one divisor and one flag: no pass over the gradients beyond the norm, no waiting
-for the device, and an update that is skipped leaves weights, moments and counters as they are, bit for bit.
+All three are handed to the optimizer (fused AdamW, LARS) as one divisor and one flag: no pass over the gradients beyond
+the norm, no waiting for the device, and an update that is skipped leaves weights, moments and counters as they are, bit
+for bit.
 """
 
 from contextlib import AbstractContextManager, nullcontext
