@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -273,24 +272,18 @@ def test_shards_of_others_on_s3_are_indexed_where_they_lie_and_stream(images, s3
     assert "1 of 2 shards cannot be used: s3://shards/theirs/part-3.tar: cannot be read: FileNotFound" in lost.stderr
 
 
-def here(capsys, command, *arguments) -> str:
-    """What a command prints, run in this process: starting it takes longer than what it does."""
-    assert COMMANDS[command]([*map(str, arguments)]) == 0
-    return capsys.readouterr().out
-
-
 @pytest.mark.dist
-def test_commands_take_a_manifest_from_elsewhere_as_pretrain_does(shards, s3, tmp_path, monkeypatch, capsys):
+def test_commands_take_a_manifest_from_elsewhere_as_pretrain_does(shards, s3, tmp_path, monkeypatch):
     """On S3, on a web server, and on one without ranges: what is said and drawn is what local shards give."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of the cache
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the cache
     mae_dist(*pretrain(shards, tmp_path / "runs", "--train.steps=1"))
     run, servers = tmp_path / "runs" / "t", [HTTPServer(shards), HTTPServer(shards, ranges=False)]
     said = []
     for place in (shards, "s3://shards/train", *(server.url for server in servers)):
-        assert here(capsys, "verify", place) == f"{place}: 46 images in 5 shards: nothing wrong\n"
-        told = here(capsys, "info", place, "--sheet", tmp_path / "sheet.png").splitlines()
-        here(capsys, "reconstruct", run, place, "--out", tmp_path / "grid.png")
-        voted = here(capsys, "knn", run, "--train", place, "--test", place)
+        assert mae_dist("verify", place).stdout == f"{place}: 46 images in 5 shards: nothing wrong\n"
+        told = mae_dist("info", place, "--sheet", tmp_path / "sheet.png").stdout.splitlines()
+        mae_dist("reconstruct", run, place, "--out", tmp_path / "grid.png")
+        voted = mae_dist("knn", run, "--train", place, "--test", place).stdout
         drawn = [(tmp_path / name).read_bytes() for name in ("sheet.png", "grid.png")]
         said.append(([line for line in told if not line.startswith("order")], voted, drawn))
         assert ("--data.lanes 256" in told[-2]) == (place != shards)
@@ -300,7 +293,7 @@ def test_commands_take_a_manifest_from_elsewhere_as_pretrain_does(shards, s3, tm
 
 
 @pytest.mark.dist
-def test_commands_say_in_one_line_what_is_not_there(shards, server, s3, tmp_path, capsys, monkeypatch):
+def test_commands_say_in_one_line_what_is_not_there(shards, server, s3, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
     mae_dist(*pretrain(shards, tmp_path, "--train.steps=1"))
     run = tmp_path / "t"
@@ -308,7 +301,7 @@ def test_commands_say_in_one_line_what_is_not_there(shards, server, s3, tmp_path
         for command in (["verify", place], ["info", place], ["reconstruct", run, place],
                         ["knn", run, "--train", place, "--test", shards]):  # fmt: skip
             with pytest.raises(UserError) as said:
-                here(capsys, *command)
+                COMMANDS[command[0]]([*map(str, command[1:])])  # here: starting it takes longer than what it does
             assert place in str(said.value) and "\n" not in str(said.value)
             assert "not there, tried 3 times" in str(said.value) or "not known" in str(said.value)
     done = mae_dist("reconstruct", run, f"{server.url}/none.jpg", check=False)
