@@ -20,7 +20,7 @@ from tests.cluster import laws
 from tests.cluster.faults import KINDS
 from tests.cluster.job import Job
 from tests.cluster.nodes import can_make_nodes
-from tests.cluster.scene import BATCH, HELD_OUT, PATIENCE_S, SEED, STEPS, Scene, await_true, can_mount, make_shards
+from tests.cluster.scene import HELD_OUT, PATIENCE_S, SEED, STEPS, Scene, await_true, can_mount, make_shards
 
 FAULTS_A_RUN = 6
 
@@ -94,7 +94,7 @@ def check(scene: Scene) -> list[str]:
     whole = scene.undisturbed / "runs" / "t"
     wrong = laws.law_1(scene.run, whole) + laws.law_4(scene.run, whole) + laws.tidy(scene.run)
     audits = scene.folder / "audit", scene.undisturbed / "audit"
-    wrong += laws.law_3(*audits, scene.shards, HELD_OUT, SEED, BATCH, STEPS)
+    wrong += laws.law_3(*audits, scene.shards, HELD_OUT, SEED, scene.batch, STEPS)
     if scene.server:
         scene.server.stop()
         scene.start_server()

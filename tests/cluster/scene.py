@@ -45,12 +45,17 @@ class Scene:
         return self.folder / "runs" / "t"
 
     @property
+    def batch(self) -> int:
+        """BATCH, or a little more, so that the ranks have equal shares."""
+        return -(-BATCH // self.ranks) * self.ranks
+
+    @property
     def attempts(self) -> int:
         return len(self.jobs)
 
     def start(self) -> Job:
         """The next attempt: the same command, as always."""
-        given = arguments(self.shards, self.folder / "runs", *self.engine, *self.more)
+        given = arguments(self.shards, self.folder / "runs", self.batch, *self.engine, *self.more)
         self.job = Job(self.folder, self.attempts + 1, self.ranks, given, self.nodes)
         self.jobs.append(self.job)
         self.job.reached = laws.last_journal_step(self.run)
@@ -103,10 +108,10 @@ class Scene:
         return not self.job.ended()
 
 
-def arguments(shards: Path, runs: Path, *more: str) -> list[str]:
+def arguments(shards: Path, runs: Path, batch: int, *more: str) -> list[str]:
     return [
         "pretrain", *TINY, f"--data.shards={shards}", f"--data.val_shards={HELD_OUT}", f"--train.seed={SEED}",
-        f"--train.runs_dir={runs}", "--train.name=t", f"--train.global_batch_size={BATCH}", f"--train.steps={STEPS}",
+        f"--train.runs_dir={runs}", "--train.name=t", f"--train.global_batch_size={batch}", f"--train.steps={STEPS}",
         "--train.eval_every=20", f"--train.save_every={SAVE_EVERY}", *more,
     ]  # fmt: skip
 
