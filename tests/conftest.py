@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from PIL import Image
 
 # One thread a process, as under torchrun: two processes share two cores, and sums keep their order.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Started in the background by a script, it is ignored, by us and by all that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("shared", deadline=None)  # machines are busy: no timed assertions
 hypothesis.settings.load_profile("shared")

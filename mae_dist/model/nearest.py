@@ -23,23 +23,24 @@ def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class Neighbours:
     """The k most similar keys of each query, of all blocks added so far; of equal ones, the first added.
 
-    `queries` (n, D) float32; both sides are centred on `centre` (D,) and normalised here.
+    `queries` (n, D) float32; both sides are centred on `centre` (D,) and normalised here. Similarities are computed in
+    float64 and rounded to float32: how a product of matrices is cut changes its last bits, and these decide ties.
     """
 
     def __init__(self, queries: Tensor, centre: Tensor, k: int):
         self.centre, self.k = centre, k
-        self.queries = F.normalize(queries - centre, dim=1)
+        self.queries = F.normalize((queries - centre).double(), dim=1)
         self.similarity = queries.new_empty(len(queries), 0)  # (n, up to k), largest first
         self.labels = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
 
     def add(self, keys: Tensor, labels: Tensor) -> None:
         """One block: keys (m, D) float32, labels (m,) int64."""
-        keys = F.normalize(keys - self.centre, dim=1)
+        keys = F.normalize((keys - self.centre).double(), dim=1)
         best = []
         for query, old, old_labels in zip(
             self.queries.split(CHUNK), self.similarity.split(CHUNK), self.labels.split(CHUNK), strict=True
         ):
-            values, places = stable_topk(torch.cat([old, query @ keys.T], dim=1), self.k)
+            values, places = stable_topk(torch.cat([old, (query @ keys.T).float()], dim=1), self.k)
             both = torch.cat([old_labels, labels.expand(len(query), -1)], dim=1)
             best.append((values, both.gather(1, places)))
         if best:
