@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 0.07  # of the votes, as is usual for frozen features (Wu et al., CVPR 2018)
+GRID = 2.0**24  # steps of a similarity in 1: float32 holds them all
 CHUNK = 1024  # queries compared with a block at once
 
 
@@ -24,7 +25,7 @@ class Neighbours:
     """The k most similar keys of each query, of all blocks added so far; of equal ones, the first added.
 
     `queries` (n, D) float32; both sides are centred on `centre` (D,) and normalised here. Similarities are computed in
-    float64 and rounded to float32: how a product of matrices is cut changes its last bits, and these decide ties.
+    float64 and rounded to 1 / GRID: how a product of matrices is cut changes its last bits, and these decide ties.
     """
 
     def __init__(self, queries: Tensor, centre: Tensor, k: int):
@@ -40,7 +41,9 @@ class Neighbours:
         for query, old, old_labels in zip(
             self.queries.split(CHUNK), self.similarity.split(CHUNK), self.labels.split(CHUNK), strict=True
         ):
-            values, places = stable_topk(torch.cat([old, (query @ keys.T).float()], dim=1), self.k)
+            values, places = stable_topk(
+                torch.cat([old, ((query @ keys.T) * GRID).round().div(GRID).float()], dim=1), self.k
+            )
             both = torch.cat([old_labels, labels.expand(len(query), -1)], dim=1)
             best.append((values, both.gather(1, places)))
         if best:
