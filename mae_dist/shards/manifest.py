@@ -141,7 +141,7 @@ class Manifest:
         return manifest
 
     @staticmethod
-    def parse(text: str, directory: Path, place: str) -> "Manifest":
+    def parse(text: str | bytes, directory: Path, place: str) -> "Manifest":
         """The content of `manifest.json`, which came from `place`. Raises UserError when it is not one."""
         try:
             listing = json.loads(text)

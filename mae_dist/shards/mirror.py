@@ -8,11 +8,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, locked
 from mae_dist.shards.download import persist
-from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
+from mae_dist.shards.manifest import FILE_NAME, Manifest, index_name
 
 THREADS = 32  # small files: what takes time is the way
 
@@ -42,12 +41,8 @@ def load_manifest(directory: str, cache: Cache | None = None, check: bool = True
 
 
 def _copy(directory: str, place: str, text: bytes, into: Path, cache: Cache) -> None:
-    try:
-        listing = json.loads(text)
-        shards = [Shard(**entry) for entry in listing["shards"]]
-        names = [Path(shard.index or index_name(shard.name)).name for shard in shards]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: not a manifest of mae-dist ({error!r}); shard the images again") from error
+    shards = Manifest.parse(text, into, place).shards
+    names = [Path(shard.index or index_name(shard.name)).name for shard in shards]
 
     def fetch(name: str) -> None:
         there = remote.join(directory, name)
@@ -58,6 +53,7 @@ def _copy(directory: str, place: str, text: bytes, into: Path, cache: Cache) -> 
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(fetch, names))
+    listing = json.loads(text)
     listing["shards"] = [
         dataclasses.asdict(dataclasses.replace(shard, name=remote.join(directory, shard.name), index=name))
         for shard, name in zip(shards, names, strict=True)
