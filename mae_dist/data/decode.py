@@ -1,15 +1,14 @@
 """Encoded images to pixels, all of them or a rectangle."""
 
-import io
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
 
 from mae_dist.data.turbojpeg import decompressor
+from mae_dist.shards.convert import open_image
 
 COLORSPACES = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -45,7 +44,7 @@ def decode(
         pixels = _jpeg(data, channels, choose, decoder, max_pixels, least)
         if pixels is not None:
             return pixels
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         _refuse_bomb(image.height, image.width, max_pixels)
         pixels = np.array(image.convert(MODES[channels]))
     return cut(pixels if pixels.ndim == 3 else pixels[..., None], choose)

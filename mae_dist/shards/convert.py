@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mae_dist.errors import UserError
 
@@ -42,6 +42,14 @@ class Conversion:
         return max(1, round(width * int(side) / short)), max(1, round(height * int(side) / short))
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The encoded image, its pixels still to be decoded. Raises what PIL raises, without the address of a buffer."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"no image that PIL knows, {len(data)} bytes") from None
+
+
 def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     """The bytes to store and their suffix, which follows the bytes, not the file's name.
 
@@ -49,7 +57,7 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     that readers do not know (as PNG). The format stays otherwise, and so do grey and transparent images. Raises what
     PIL raises (OSError, ValueError, SyntaxError, DecompressionBombError) for bytes that are no image.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         kind = image.format or ""
         image.load()
         turned = how.exif_rotate and image.getexif().get(ORIENTATION, 1) in range(2, 9)

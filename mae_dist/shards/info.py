@@ -1,6 +1,5 @@
 """What is in a directory of shards, for people: numbers, a histogram of classes, and a picture."""
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
+from mae_dist.shards.convert import open_image
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 
@@ -124,7 +124,7 @@ def _picture(store: LocalStore | RemoteStore, shard: int, row: int) -> tuple[Ima
     except OSError as error:
         raise UserError(f"{store.manifest.place(shard)}: no contact sheet: {error}") from error
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return ImageOps.fit(image.convert("RGB"), (TILE, TILE), Image.Resampling.BICUBIC), label
     except Exception:  # decoders raise what they like for bad bytes
         tile = Image.new("RGB", (TILE, TILE), INK)

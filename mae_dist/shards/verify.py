@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from mae_dist.shards import remote
+from mae_dist.shards.convert import open_image
 from mae_dist.shards.index import Sample, samples
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.tar import BadTar, Digested, members
@@ -112,7 +111,7 @@ def undecodable(sample: Sample) -> str:
     """What is wrong with an image, after decoding all of it; empty when nothing is."""
     assert sample.image
     try:
-        with Image.open(io.BytesIO(sample.image.data)) as image:
+        with open_image(sample.image.data) as image:
             image.load()
     except Exception as error:  # decoders raise what they like for bad bytes
         return f"unreadable image: {' '.join(str(error).split())}"

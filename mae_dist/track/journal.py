@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,12 +21,16 @@ NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Journal:
-    """The one writer of a journal (rank 0). Opening it drops a last line that an earlier writer left torn."""
+    """The one writer of a journal (rank 0), for any of its threads: the watchdog's may have to write how a run ended.
+
+    Opening it drops a last line that an earlier writer left torn.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._pending = bytearray()
+        self._lock = threading.RLock()
         self._failed = False
         self._fd = self._open()
 
@@ -35,16 +40,19 @@ class Journal:
         A full or absent disk does not stop the caller: the line waits in memory, in its place, for the next call.
         """
         timed = record if "time" in record else {**record, "time": time.time()}
-        self._pending += json.dumps(to_json(timed), allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        self._flush()
+        line = json.dumps(to_json(timed), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            self._pending += line
+            self._flush()
 
     def sync(self) -> None:
         """What was written survives a power cut from here on."""
-        self._flush()
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            self._warn(error)
+        with self._lock:
+            self._flush()
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                self._warn(error)
 
     def cut(self, step: int) -> int:
         """Drop every record of a step greater than `step`; returns how many steps that are, which will be run again.
@@ -52,31 +60,33 @@ class Journal:
         Records without a step stay, and starts. Written aside, synced and renamed: a reader sees the old file or the
         new one. Raises OSError.
         """
-        self._flush()
-        aside, dropped = self.path.with_name(f"{self.path.name}.cut"), 0
-        with self.path.open("rb") as old, aside.open("wb") as new:
-            for line in whole_lines(old):
-                record = parse(line)
-                if record is None:
-                    continue
-                if is_after(record, step):
-                    dropped = max(dropped, int(record["step"]) - step)
-                else:
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        os.close(self._fd)
-        aside.replace(self.path)
-        sync_directory(self.path.parent)
-        self._fd = self._open()
+        with self._lock:
+            self._flush()
+            aside, dropped = self.path.with_name(f"{self.path.name}.cut"), 0
+            with self.path.open("rb") as old, aside.open("wb") as new:
+                for line in whole_lines(old):
+                    record = parse(line)
+                    if record is None:
+                        continue
+                    if is_after(record, step):
+                        dropped = max(dropped, int(record["step"]) - step)
+                    else:
+                        new.write(line)
+                new.flush()
+                os.fsync(new.fileno())
+            os.close(self._fd)
+            aside.replace(self.path)
+            sync_directory(self.path.parent)
+            self._fd = self._open()
         return dropped
 
     def close(self) -> None:
         """Sync and close. Closing twice does nothing."""
-        if self._fd >= 0:
-            self.sync()
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                self.sync()
+                os.close(self._fd)
+                self._fd = -1
 
     def _open(self) -> int:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

@@ -60,7 +60,7 @@ def pretrain(config: Config) -> int:
     except Exception as error:
         if isinstance(error, Ended) or not is_echo(error):
             raise
-        stop.leaving = True
+        stop.leave()
         time.sleep(ECHO)  # whose error it is, or torchrun, is to be heard first
         raise RankLost(f"lost another rank before the first step: {brief(error)}") from None
     return code
@@ -146,9 +146,10 @@ def _train_and_report(run: Run) -> None:
             describe(run)
             tracker = MLflowTracker.start(run.config.train.run_dir, run.config.track)
         train(run)
+        run.stop.leave()
         _end(run, None)
     except BaseException as error:
-        run.stop.leaving = True
+        run.stop.leave()
         cause = watch.cause(error) if is_echo(error) else error
         _end(run, cause)
         if cause is error:

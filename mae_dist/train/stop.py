@@ -47,6 +47,7 @@ class StopRequest:
         self.signal = self.interrupts = 0
         self.leaving = False
         """The main thread is on its way out: no further signal is to divert it."""
+        self._door = threading.Lock()  # held by the thread that decides how this process ends
         self.begun = False
         """An update was made since the start: there is something to save, and ranks must agree to stop."""
         self.last_words: Callable[[Exception], None] = lambda cause: None
@@ -71,17 +72,27 @@ class StopRequest:
         while True:
             for number in os.read(pipe, 64):
                 self.signal = self.signal or (number if number in SIGNALS else 0)
-            if self.signal and not self.begun:
-                time.sleep(AT_ONCE)
-                if self.leaving:
-                    time.sleep(LEAVING)
-                if not self.begun:
-                    self.exit(Stopped(self.signal))
+            for seconds in (AT_ONCE, LEAVING):
+                if self.signal and not self.begun:
+                    time.sleep(seconds)
+                    if not self.begun:
+                        self.exit(Stopped(self.signal), even_if_leaving=seconds == LEAVING)
 
-    def exit(self, cause: Exception) -> None:
-        """End this process now, from any thread. Its workers see that and end too."""
-        self.last_words(cause)
-        os._exit(128 + cause.signal if isinstance(cause, Stopped) else getattr(cause, "status", 2))
+    def leave(self) -> None:
+        """The main thread begins to leave. Does not return where another thread ends the process already."""
+        with self._door:
+            self.leaving = True
+
+    def exit(self, cause: Exception, even_if_leaving: bool = False) -> None:
+        """End this process now, from a thread beside the main one; its workers see that and end too.
+
+        Returns only when the main thread is on its way out.
+        """
+        with self._door:
+            if self.leaving and not even_if_leaving:
+                return
+            self.last_words(cause)
+            os._exit(128 + cause.signal if isinstance(cause, Stopped) else getattr(cause, "status", 2))
 
 
 class Agreement:

@@ -39,7 +39,7 @@ def test_a_bad_image_is_named_by_shard_and_key(copy):
         file.write(b"\0" * member.size)
     key = member.name.removesuffix(".jpg")
     first, second = problems(copy)
-    assert first.startswith(f"train-00002.tar: {key}: unreadable image: cannot identify")
+    assert first.startswith(f"train-00002.tar: {key}: unreadable image: no image that PIL knows, ")
     assert second.startswith("train-00002.tar: sha256 ")
     done = mae_dist("verify", copy, "--workers", 2, check=False)
     assert done.returncode == 1

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,28 @@ def test_a_line_is_with_the_system_at_once(tmp: Path) -> None:
     opened.sync()
     opened.close()
     opened.close()
+
+
+def test_threads_write_whole_records_and_lose_none(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, write = Journal(tmp / "threads.jsonl"), os.write
+
+    def slow(fd: int, data: bytearray) -> int:  # a part of a line, while the others want to write too
+        with memoryview(data) as taken:
+            time.sleep(0.001)
+            return write(fd, taken[:20])
+
+    def many(writer: int) -> None:
+        for step in range(20):
+            opened.write({"writer": writer, "step": step})
+            opened.sync()
+
+    monkeypatch.setattr(journal.os, "write", slow)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(many, range(3)))
+    opened.close()
+    found = list(read(opened.path))
+    for writer in range(3):
+        assert [record["step"] for record in found if record["writer"] == writer] == list(range(20))
 
 
 def test_a_full_disk_stops_nobody(capsys: pytest.CaptureFixture[str]) -> None:
