@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist.errors import Ended, UserError
-from mae_dist.launched import end_with_launcher
+from mae_dist.launched import end_with_launcher, leave
 
 USAGE = """usage: mae-dist COMMAND ...
 
@@ -331,7 +331,7 @@ def main() -> None:
             return
         if command not in COMMANDS:
             raise UserError(f"mae-dist has no command {command!r}; the commands are {', '.join(COMMANDS)}")
-        sys.exit(COMMANDS[command](arguments))
+        leave(COMMANDS[command](arguments))
     except (UserError, Ended) as error:
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         if rank:  # all ranks may find the same: let rank 0 say it (torchrun then ends us), or say it if alone
@@ -340,17 +340,9 @@ def main() -> None:
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         leave(error.status if isinstance(error, Ended) else 2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except Exception:
         rank = os.environ.get("RANK")
         where = f"rank {rank} failed:\n" if rank else ""
         print(f"{where}{traceback.format_exc()}", file=sys.stderr, end="", flush=True)  # in one piece
         leave(1)
-
-
-def leave(status: int) -> None:
-    """Exit after an error, with other ranks in the middle of something: no library's clean-up may wait for them."""
-    sys.stdout.flush()
-    if "WORLD_SIZE" in os.environ:
-        os._exit(status)
-    sys.exit(status)

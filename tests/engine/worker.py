@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mae_dist.engine import EngineConfig, OptimConfig, World, build_engine, capture, restore
+from mae_dist.launched import leave
 from mae_dist.model import MAE, MAEConfig
 
 MODEL = MAEConfig(
@@ -246,6 +247,7 @@ def main() -> None:
         if world.is_main:
             (out / f"{phase}-of-{world.size}.json").write_text(json.dumps(result))
     world.leave()
+    leave(0)
 
 
 if __name__ == "__main__":
