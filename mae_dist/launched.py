@@ -10,12 +10,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_launcher() -> None:
-    """Under torchrun: SIGKILL for this process when torchrun dies, however that happens (Linux only).
+    """Under torchrun or deepspeed: SIGKILL for this process when that dies, however it happens (Linux only).
 
     An orphan would train on and write into the run beside the attempt that the scheduler starts next. SIGKILL, because
     it may be waiting for a peer that is gone. A process that somebody started by hand has no launcher and stays.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"} & os.environ.keys() and sys.platform == "linux":
         launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != launcher:  # it died just before that

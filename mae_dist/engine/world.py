@@ -64,10 +64,14 @@ class World:
         return range(self.rank, self.rank + int(size) if first else self.rank)
 
     def set_timeout(self, seconds: float) -> None:
-        """How long a collective waits for the others from now on. A rank that waited longer raises, or ends (NCCL)."""
+        """How long a collective waits for the others from now on, in every group: DeepSpeed makes its own.
+
+        A rank that waited longer raises, or ends (NCCL).
+        """
         if self.size > 1:
             change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.15
-            change(timedelta(seconds=seconds))
+            for group in list(dist.distributed_c10d._world.pg_map):
+                change(timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -65,20 +65,20 @@ def count(number: int, what: str) -> str:
 
 def goodput(records: Iterable[dict[str, Any]]) -> Goodput:
     """What the records of a journal, in their order, say."""
-    attempts, step, restarts, saves, lost, skipped, skipped_before, bad = 0, 0, 0.0, 0.0, 0, 0, 0, 0
+    attempts, step, restarts, saves, lost, skipped, bad = 0, 0, 0.0, 0.0, 0, 0, 0
     first = counted = now = 0.0  # epoch seconds; `counted`: up to here nothing was done in vain
     for record in records:
         kind, time, metrics = record.get("kind"), float(record.get("time", 0.0)), record.get("metrics", {})
         if kind == "start":
             first, counted = (first, counted) if attempts else (time, time)
             restarts += max(0.0, time - counted)
-            attempts, skipped_before = attempts + 1, skipped
+            attempts += 1
         elif kind == "cut":
             lost += record["steps"]
         elif kind == "metrics":
             saves += metrics.get(STALL, 0.0)
             step = max(step, record["step"])
-            skipped = max(skipped, skipped_before + int(metrics.get("optim/skipped", 0)))
+            skipped = max(skipped, int(metrics.get("optim/skipped", 0)))  # of the whole run: checkpoints keep it
             bad = max(bad, int(metrics.get("progress/bad_samples", 0)))
         now = max(now, time)
         if kind in ("start", "image") or metrics.keys() & MILESTONES:

@@ -1,6 +1,7 @@
 """k-NN accuracy while pretraining goes on, so that a run shows what its features are worth, not only its loss."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,9 +16,17 @@ from mae_dist.model import MAE
 from mae_dist.model.nearest import knn_right
 from mae_dist.shards.order import SampleOrder
 from mae_dist.track.journal import Journal
+from mae_dist.train import validate
 
 IMAGES, NEIGHBOURS = 10_000, 20  # at most so many training images vote, and held-out images are classified
 KNN_STREAM = 0x6B6E6E
+KNN = "eval/knn"
+
+
+def is_due(step: int, config: Config, epoch_steps: float) -> bool:
+    """Whether another `train.knn_every` epochs were completed by this update."""
+    every = (config.train.knn_every or math.inf) * epoch_steps
+    return math.floor(step / every) > math.floor((step - 1) / every)
 
 
 class KnnWatch:
@@ -25,6 +34,8 @@ class KnnWatch:
 
     Raises UserError where labels are missing.
     """
+
+    phase = "k-NN"
 
     def __init__(
         self,
@@ -41,36 +52,38 @@ class KnnWatch:
             raise UserError(
                 "train.knn_every: needs labelled images to classify: --data.val_shards SHARDS (or a number)"
             )
-        self.config, self.world, self.batch_size, self.bad = config, world, batch_size, bad
-        self.every = config.train.knn_every * epoch_steps
+        self.world, self.batch_size, self.bad = world, batch_size, bad
+        self.config, self.epoch_steps = config, epoch_steps
         self.train, self.held_out = train, held_out
         self.num_classes = 1 + max(int(labels_of(source).max()) for source in (train, held_out))
         self.normalise = Normalise(config.data, world.device)
 
     def due(self, step: int) -> bool:
-        """Whether `knn_every` epochs were completed by this update."""
-        return math.floor(step / self.every) > math.floor((step - 1) / self.every)
+        return is_due(step, self.config, self.epoch_steps)
 
-    def run(self, step: int, engine: Engine, journal: Journal | None) -> None:
-        """Measure on all ranks; rank 0 writes the journal. Collective."""
-        accuracy = self.accuracy(engine)
-        if journal:
-            journal.write({"kind": "metrics", "step": step, "metrics": {"eval/knn": accuracy}})
+    def run(self, step: int, engine: Engine, journal: Journal | None, stop: Callable[[], int] = lambda: 0) -> None:
+        """Measure on all ranks; rank 0 writes the journal. Collective. `stop` as `Validation.run` has it."""
+        accuracy = self.accuracy(engine, stop)
+        if journal and accuracy is not None:
+            journal.write({"kind": "metrics", "step": step, "metrics": {KNN: accuracy}})
 
     @torch.no_grad()
-    def accuracy(self, engine: Engine) -> float:
-        """Share of the held-out images classified rightly, the same at any number of ranks."""
+    def accuracy(self, engine: Engine, stop: Callable[[], int] = lambda: 0) -> float | None:
+        """Share of the held-out images classified rightly, the same at any number of ranks; None: stopped."""
         model, world = engine.replica(), self.world
         voters, tests = (self.chosen(source) for source in (self.train, self.held_out))
-        keys, labels = self.features(model, engine, self.train, voters)
+        found = self.features(model, engine, self.train, voters, stop)
+        asked = found and self.features(model, engine, self.held_out, tests, stop)
+        if not found or not asked:
+            return None
+        keys, labels = found
         count, mine = len(voters), slice(world.rank, None, world.size)
         every = torch.zeros(count, keys.shape[1], device=world.device)
         whose = torch.zeros(count, dtype=torch.int64, device=world.device)
         every[mine], whose[mine] = keys, labels
         world.sum(every)
         world.sum(whose)
-        queries, truth = self.features(model, engine, self.held_out, tests)
-        right = knn_right([(every, whose)], every.mean(0), queries, truth, [NEIGHBOURS], self.num_classes)
+        right = knn_right([(every, whose)], every.mean(0), *asked, [NEIGHBOURS], self.num_classes)
         return float(world.sum(right).double().item() / len(tests))
 
     def chosen(self, source: Source) -> np.ndarray:
@@ -79,16 +92,25 @@ class KnnWatch:
         order = SampleOrder(source.counts, self.config.train.seed ^ KNN_STREAM, data.lanes, data.window)
         return order.lookup(np.arange(count)).id
 
-    def features(self, model: MAE, engine: Engine, source: Source, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """This rank's share of the features at `places`: (n, D) float32, (n,) int64."""
+    def features(
+        self, model: MAE, engine: Engine, source: Source, places: np.ndarray, stop: Callable[[], int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """This rank's share of the features at `places` and their labels: (n, D) float32, (n,) int64; None: stopped."""
         mine = places[self.world.rank :: self.world.size]
-        batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        share = range(0, -(-len(places) // self.world.size), self.batch_size)  # the same on all ranks
+        batches = [mine[i : i + self.batch_size] for i in share if i < len(mine)]
         dim = model.encoder.embed_dim
         rows = [torch.empty(0, dim, device=self.world.device)]
         labels = [torch.empty(0, dtype=torch.int64)]
-        for batch in centred_batches(
+        made = centred_batches(
             source, self.config.model.height_width, self.config.data, batches, self.batch_size, self.bad
-        ):
+        )
+        for i in range(len(share)):
+            if i % validate.ASK_EVERY == 0 and stop():
+                return None
+            batch = next(made, None)
+            if batch is None:
+                break
             with engine.autocast:
                 tokens = model.encode(self.normalise(batch.images.to(self.world.device)))
             rows.append(tokens[:, 1:].mean(dim=1).float())

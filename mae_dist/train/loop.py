@@ -55,8 +55,8 @@ class Run:
     stop: StopRequest
     health: Health
     watch: Watchdog
-    evaluate_first: bool
-    """The step it goes on from was saved in the middle of its evaluation."""
+    evaluate_first: list[Validation | KnnWatch]
+    """What the step it goes on from was saved without, because a signal came."""
 
 
 def train(run: Run) -> None:
@@ -69,8 +69,8 @@ def train(run: Run) -> None:
     agreement = Agreement(run.world)
     if run.start == 0:
         run.validation.draw(0, run.engine, run.journal)  # the untrained model; and drawing fails now or never
-    elif run.evaluate_first:
-        run.validation.run(run.start, run.engine, run.journal)
+    for what in run.evaluate_first:
+        what.run(run.start, run.engine, run.journal)
     for k in range(run.start, run.total_steps):
         for micro in range(run.accumulate):
             watch.enter("data", k + 1)
@@ -99,10 +99,9 @@ def train(run: Run) -> None:
             due = reading.save_due
         began = time.perf_counter()
         if not stop and (last or done % config.eval_every == 0):
-            stop = evaluate(run, done, agreement)
+            stop = evaluate(run, run.validation, done, agreement)
         if run.knn and not stop and (last or run.knn.due(done)):
-            watch.enter("k-NN", done)
-            run.knn.run(done, run.engine, run.journal)
+            stop = evaluate(run, run.knn, done, agreement)
         if last or stop or due or done % config.save_every == 0:
             watch.enter(SAVING, done)
             run.saver.save(done, run.meta, wait=bool(last or stop))
@@ -115,12 +114,12 @@ def noise_of(batch: Batch, run: Run) -> Tensor:
     return run.config.model.noise(run.config.train.seed, batch.epochs, batch.ids)
 
 
-def evaluate(run: Run, done: int, agreement: Agreement) -> int:
-    """The validation loss and picture after `done` updates; returns the signal that ended it, or 0."""
+def evaluate(run: Run, what: Validation | KnnWatch, done: int, agreement: Agreement) -> int:
+    """Measure after `done` updates; returns the signal that ended it, or 0."""
 
     def stop() -> int:
-        run.watch.enter("evaluation", done)
+        run.watch.enter(what.phase, done)
         return agreement.now(run.stop.signal)
 
-    run.validation.run(done, run.engine, run.journal, stop)
+    what.run(done, run.engine, run.journal, stop)
     return agreement.agreed

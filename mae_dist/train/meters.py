@@ -31,6 +31,7 @@ class Meters:
     def _restart(self) -> None:
         zero = torch.zeros((), device=self.world.device)
         self.loss, self.loss_max, self.grad_norm, self.worst_row = zero, zero, zero, zero
+        self.good = zero
         self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -38,10 +39,11 @@ class Meters:
         self.since += seconds
 
     def add(self, result: StepResult, waited: float) -> None:
-        """One update, and the seconds it waited for data."""
+        """One update, and the seconds it waited for data. What was skipped is counted, and is part of no mean."""
         good = result.skipped == 0
-        self.loss = self.loss + result.loss
-        self.loss_max = torch.maximum(self.loss_max, result.loss)
+        self.good = self.good + good
+        self.loss = self.loss + torch.where(good, result.loss, 0.0)
+        self.loss_max = torch.maximum(self.loss_max, torch.where(result.loss.isfinite(), result.loss, 0.0))
         self.grad_norm = torch.where(good, result.grad_norm, self.grad_norm)
         self.health.note(result)
         self.worst_row = torch.maximum(self.worst_row, self.health.counters["skipped_in_row"])
@@ -49,10 +51,10 @@ class Meters:
         self.waited += waited
 
     def sync(self, lr: float, epoch: float, bad_samples: int, worker_rate: float, save_due: bool = False) -> Reading:
-        """Agree over all ranks and start again. Losses are means (and the largest) over ranks and steps."""
+        """Agree over all ranks and start again. Losses are means (and the largest) over ranks and good steps."""
         elapsed = time.perf_counter() - self.since
         data = torch.tensor([self.waited / elapsed, worker_rate], device=self.world.device)
-        means = self.world.sum(torch.cat([(self.loss / self.steps)[None], data])) / self.world.size
+        means = self.world.sum(torch.cat([(self.loss / self.good)[None], data])) / self.world.size
         counts = torch.tensor([float(bad_samples), float(save_due)], device=self.world.device)
         worst = self.world.max(torch.cat([torch.stack([self.loss_max, self.worst_row]), counts]))
         loss, wait, worker_rate, loss_max, row, bad, due, norm, skipped = torch.cat(

@@ -11,6 +11,8 @@ from mae_dist.engine import World
 from mae_dist.errors import UserError
 from mae_dist.track.journal import FILE_NAME, Journal, read
 from mae_dist.train.checkpoint import read_meta
+from mae_dist.train.knn import KNN, is_due
+from mae_dist.train.validate import PICTURE
 
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
 FREE = {
@@ -49,12 +51,13 @@ def check_resume(config: Any, checkpoint: Path, meta: dict) -> int:
     return saved["step"]
 
 
-def is_unevaluated(config: Config, start: int, total: int) -> bool:
-    """Whether a stop signal cut the evaluation after update `start` short."""
-    path = config.train.run_dir / FILE_NAME
-    if start % config.train.eval_every and start < total:
-        return False
-    return not any(r["kind"] == "image" and r["step"] == start for r in (read(path) if path.is_file() else ()))
+def unmeasured(config: Config, start: int, total: int, epoch_steps: float) -> set[str]:
+    """What was due after update `start` and is not in the journal: a stop signal came. PICTURE (and loss), KNN."""
+    last, path = start >= total, config.train.run_dir / FILE_NAME
+    due = {PICTURE} if last or start % config.train.eval_every == 0 else set()
+    due |= {KNN} if config.train.knn_every and (last or is_due(start, config, epoch_steps)) else set()
+    records = [r for r in (read(path) if due and path.is_file() else ()) if r.get("step") == start]
+    return due.difference((r.get("key", "") for r in records), *(r.get("metrics", ()) for r in records))
 
 
 def changed(config: Any) -> list[str]:

@@ -25,14 +25,14 @@ from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.goodput import goodput
 from mae_dist.train.health import Health
-from mae_dist.train.knn import KnnWatch
+from mae_dist.train.knn import KNN, KnnWatch
 from mae_dist.train.loop import Run, train
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
-from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, is_unevaluated, open_journal
+from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, open_journal, unmeasured
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Stopped, StopRequest
-from mae_dist.train.validate import Validation
+from mae_dist.train.validate import PICTURE, Validation
 from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
 
 
@@ -87,16 +87,20 @@ def _train(
     newest = checkpoints.newest()
     health = Health(world, config.train.spike_sigma)
     start = resume(config, newest, engine, health, meta) if newest else 0
-    evaluate_first = start > 0 and world.broadcast(is_unevaluated(config, start, total) if world.is_main else False)
-    if start >= total and not evaluate_first:
+    epoch_steps = num_samples / batch
+    missing: set[str] = set()
+    if start:
+        missing = world.broadcast(unmeasured(config, start, total, epoch_steps) if world.is_main else missing)
+    if start >= total and not missing:
         if world.is_main:
             print(f"{run_dir}: complete, {start} of {total} steps; for another run write --train.name NAME")
         return
-    epoch_steps = num_samples / batch
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
     bad = BadSamples(run_dir, config.data.max_bad_fraction)
     micro = batch // world.size // accumulate
+    validation = Validation(config, sources[1], sources[0], micro, world, bad)
     knn = KnnWatch(config, *sources, micro, epoch_steps, world, bad) if config.train.knn_every else None
+    again = {PICTURE: validation, KNN: knn}
     journal = open_journal(config, world, start) if world.is_main else None
     take = partial(capture, engine, health.counters)
     saver = Saver(checkpoints, take, state_bytes(engine), config.train.async_save, config.train.save_minutes, journal)
@@ -117,13 +121,13 @@ def _train(
         schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
         saver=saver,
         meta=meta,
-        validation=Validation(config, sources[1], sources[0], micro, world, bad),
+        validation=validation,
         knn=knn,
         journal=journal,
         stop=stop,
         health=health,
         watch=Watchdog(run_dir, world, stop, config.train.watchdog, start),
-        evaluate_first=evaluate_first,
+        evaluate_first=[what for name, what in again.items() if what and name in missing],
     )
     _train_and_report(run)
 

@@ -18,6 +18,7 @@ from mae_dist.track.review import reconstruction_grid, save_picture
 
 PICTURED = 12  # images in a reconstruction grid
 GREY = 127
+PICTURE = "review/reconstruction"
 ASK_EVERY = 4  # batches of an evaluation between looks whether to stop
 
 
@@ -36,6 +37,8 @@ class Validation:
         self.config, self.source, self.world, self.batch_size, self.bad = config, source, world, batch_size, bad
         self.normalise = Normalise(config.data, world.device)
         self.pictured = first_images(source or train_source, config, bad)
+
+    phase = "evaluation"
 
     def run(self, step: int, engine: Engine, journal: Journal | None, stop: Callable[[], int] = lambda: 0) -> None:
         """Measure on all ranks; rank 0 draws and writes the journal.
@@ -61,7 +64,7 @@ class Validation:
         rebuilt = self.normalise.undo(model.reconstruct(images, noise))
         grid = picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
         path = save_picture(grid, self.config.train.run_dir, step)
-        journal.write({"kind": "image", "step": step, "key": "review/reconstruction", "path": path})
+        journal.write({"kind": "image", "step": step, "key": PICTURE, "path": path})
 
     def noise(self, ids: Tensor) -> Tensor:
         """The fixed masks of evaluation: keyed by the sample alone."""

@@ -50,10 +50,11 @@ class Watchdog:
         self.now = Moment("start", step, time.monotonic())
         self.step_began = self.now.since
         self.dumped = self.told = 0.0  # the moments for which that is done
+        self.asked = 0.0  # when a stop signal was first seen
         self.tick = min(1.0, (seconds or 60.0) / 10)
         self.beat = max(self.tick, world.size / 100)  # a shared file system has other things to do
         self.next_beat = 0.0
-        self.closed = threading.Event()
+        self.closed, self.writing = threading.Event(), threading.Lock()
         self.board.write(step, "start")
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
@@ -67,8 +68,9 @@ class Watchdog:
 
     def close(self, how: str) -> None:
         """No more watching; `how` this rank ended is there for the others to read."""
-        self.closed.set()
-        self.board.write(self.now.step, how)
+        with self.writing:  # the other thread's beat, begun before, is not to be the last word
+            self.closed.set()
+            self.board.write(self.now.step, how)
 
     def limit(self) -> float:
         """Seconds that are too long."""
@@ -110,7 +112,10 @@ class Watchdog:
             now = self.now
             waited = time.monotonic() - now.since
             if self.next_beat <= time.monotonic():
-                self.board.write(now.step, now.phase, waited)
+                with self.writing:
+                    if self.closed.is_set():
+                        return
+                    self.board.write(now.step, now.phase, waited)
                 self.next_beat = time.monotonic() + self.beat
             self._leave_if_lost(now, waited)
             if waited <= self.limit() or self.told == now.since:
@@ -123,12 +128,17 @@ class Watchdog:
                 self._tell(now, waited)
 
     def _leave_if_lost(self, now: Moment, waited: float) -> None:
-        if now.phase == SAVING or self.stop.leaving:
+        if self.stop.signal and not self.asked:
+            self.asked = time.monotonic()
+        saving, late = now.phase == SAVING, waited > self.limit()
+        if self.stop.leaving or (saving and not late):
             return
-        if (self.stop.signal and self.stop.begun) or waited > self.limit():
+        if (self.stop.signal and self.stop.begun) or late:
             cause = self._ended()  # then this step never ends
-            if cause is None and self.stop.signal and waited > GRACE + 2 * median(self.steps or [0.0]):
-                cause = Stopped(self.stop.signal)
+            if cause is None and self.asked and not saving:
+                grace = GRACE + 2 * median(self.steps or [0.0])
+                if min(waited, time.monotonic() - self.asked) > grace:
+                    cause = Stopped(self.stop.signal)
             if cause:
                 print(f"rank {self.world.rank}: {cause}", file=sys.stderr, flush=True)
                 self.stop.exit(cause)

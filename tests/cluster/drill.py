@@ -12,6 +12,7 @@ from typing import Any
 import mae_dist.cli
 import mae_dist.engine.native as native
 import mae_dist.engine.state as state
+import mae_dist.train.knn as knn
 import mae_dist.train.run as run
 import mae_dist.train.validate as validate
 import mae_dist.train.watchdog as watchdog
@@ -22,6 +23,7 @@ PHASES: dict[str, tuple[type | ModuleType, str]] = {
     "data": (feed.DeviceFeed, "__next__"),
     "forward": (native.NativeEngine, "forward_backward"),
     "evaluation": (validate.Validation, "noise"),
+    "k-NN": (knn, "centred_batches"),
     "save": (state.Snapshot, "write"),
 }
 

@@ -71,6 +71,22 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(shards, undisturbed,
         assert [r["step"] for r in records(tmp_path) if "loss/val" in r.get("metrics", {})] == [7, 14]
 
 
+def test_a_signal_in_a_knn_measurement_stops_it_and_the_next_attempt_makes_up_for_it(shards, tmp_path):
+    """The second time, of the held-out images, while they are classified on rank 1."""
+    want = ("--train.micro_batch_size=2", "--train.knn_every=2")
+    mae_dist(*arguments(shards, tmp_path / "whole", *want), timeout=240)
+    whole = {
+        r["step"]: r["metrics"]["eval/knn"] for r in records(tmp_path / "whole") if "eval/knn" in r.get("metrics", {})
+    }
+    step = sorted(whole)[1]
+    done = drill(shards, tmp_path, f"k-NN:4:1:{USR1}", *want)
+    assert done.returncode == 128 + USR1, done.stderr
+    assert newest(tmp_path) == f"step-{step:08d}" and f"after step {step}" in done.stdout
+    mae_dist(*arguments(shards, tmp_path, *want), timeout=240)
+    found = [(r["step"], r["metrics"]["eval/knn"]) for r in records(tmp_path) if "eval/knn" in r.get("metrics", {})]
+    assert found == sorted(whole.items())
+
+
 def test_a_signal_ends_a_run_whose_rank_never_gets_its_data(shards, tmp_path):
     done = drill(shards, tmp_path, f"data:13:1:sleep,forward:13:0:{TERM}")
     assert done.returncode == 128 + TERM, done.stderr

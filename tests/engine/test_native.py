@@ -4,9 +4,11 @@ import copy
 import math
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mae_dist.engine import OptimConfig, World, capture, load_weights, restore
@@ -213,6 +215,10 @@ def _rank(rank, port, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     world = World.join("cpu")
+    own = dist.new_group([0, 1])  # as DeepSpeed makes one
+    world.set_timeout(77)
+    for group in (dist.group.WORLD, own):
+        assert group._get_backend(world.device).options._timeout == timedelta(seconds=77)
     e = engine(rank=rank, size=2)
     images, noise = batch(seed=rank)
     e.forward_backward(images, noise, last=True)

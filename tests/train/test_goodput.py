@@ -41,14 +41,13 @@ class Life:
             self.again += seen - self.saved
         self.attempts += 1
         self.write("start", step=self.saved)
-        begun = self.saved
         for took, save, skipped in steps:
             self.now += took
             self.work.append(took)
             self.skipped.append(skipped)
             done = len(self.work)
             if done % self.log_every == 0:
-                count = sum(self.skipped[begun:])
+                count = sum(self.skipped)  # a checkpoint keeps the count
                 self.write("metrics", step=done, metrics={"loss/train": 1.0, "optim/skipped": float(count)})
             if done % self.save_every == 0:
                 self.now += save

@@ -1,0 +1,82 @@
+"""When the watchdog ends a process, and what it leaves alone. In this process; the accidents are in tests/cluster."""
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mae_dist.engine import World
+from mae_dist.train import watchdog
+from mae_dist.train.peers import FAILED, HOST
+from mae_dist.train.stop import Stopped
+from mae_dist.train.watchdog import SAVING, RankLost, Watchdog
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+class Dog:
+    """A watchdog of a run that updates have begun in, and what it made of it."""
+
+    def __init__(self, path, monkeypatch, seconds=0.5, grace=1.0):
+        monkeypatch.setattr(watchdog, "GRACE", grace)
+        self.ended: list[Exception] = []
+        self.stop = SimpleNamespace(signal=0, begun=True, leaving=False, exit=self.ended.append)
+        self.watch = Watchdog(path, WORLD, self.stop, seconds, step=0)  # type: ignore[arg-type]
+        self.watch.steps.extend([0.01] * 5)
+
+
+@pytest.fixture
+def dog(tmp_path, monkeypatch):
+    made = Dog(tmp_path, monkeypatch)
+    yield made
+    made.watch.close("left")
+
+
+def test_the_grace_of_a_signal_begins_with_the_signal_however_long_the_phase_is(dog):
+    dog.watch.enter("k-NN", 5)
+    time.sleep(1.5)  # longer than the grace
+    dog.stop.signal = signal.SIGTERM
+    time.sleep(0.5)
+    assert dog.ended == []
+    time.sleep(1.5)
+    assert isinstance(dog.ended[0], Stopped)
+
+
+def test_a_save_on_a_signal_may_take_as_long_as_it_takes(dog):
+    dog.stop.signal = signal.SIGTERM
+    dog.watch.enter(SAVING, 5)
+    time.sleep(2.5)
+    assert dog.ended == []
+
+
+def test_a_save_is_not_waited_for_when_another_rank_is_gone(dog):
+    """Its collective never ends: NCCL would wait, where gloo raises."""
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    beat = json.dumps([1, gone.pid, HOST, 5, SAVING, 0.0])
+    dog.watch.board.path(1).write_text(beat)
+    dog.watch.enter(SAVING, 5)
+    time.sleep(1.5)
+    assert isinstance(dog.ended[0], RankLost) and "was killed" in str(dog.ended[0])
+
+
+def test_the_last_word_is_not_overwritten_by_a_beat_that_had_begun(tmp_path, monkeypatch):
+    dog = Dog(tmp_path, monkeypatch)
+    begun, write = threading.Event(), dog.watch.board.write
+
+    def slow(step: int, phase: str, seconds: float = 0.0) -> None:
+        if not phase.startswith(FAILED):
+            begun.set()
+            time.sleep(0.3)
+        write(step, phase, seconds)
+
+    monkeypatch.setattr(dog.watch.board, "write", slow)
+    assert begun.wait(10)
+    dog.watch.close(f"{FAILED}why")
+    time.sleep(0.6)
+    assert [beat.phase for beat in dog.watch.board.read()] == [f"{FAILED}why"]
