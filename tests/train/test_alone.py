@@ -84,17 +84,19 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-@pytest.mark.parametrize("torchrun", [True, False])
-def test_a_rank_dies_with_torchrun_and_one_started_by_hand_does_not(torchrun):
+@pytest.mark.parametrize(
+    "sets", [{"TORCHELASTIC_RUN_ID": "x"}, {"LOCAL_SIZE": "1"}, {}], ids=["torchrun", "deepspeed", ""]
+)
+def test_a_rank_dies_with_its_launcher_and_one_started_by_hand_does_not(sets):
     """The end of the pipe tells: it closes when nobody holds it any more."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"TORCHELASTIC_RUN_ID": "x"} if torchrun else {})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **sets}
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, env=environment, start_new_session=True
     )
     assert launcher.stdout and launcher.stdout.readline() == b"up\n"
     launcher.kill()
     launcher.wait()
-    if torchrun:
+    if sets:
         assert launcher.stdout.read() == b""  # returns: the rank is gone
         return
     os.set_blocking(launcher.stdout.fileno(), False)
