@@ -4,6 +4,7 @@ Weights stay float32 and travel so; bf16 and fp16 run under autocast inside, as 
 precision also rounds the residual stream and the pixels that the loss compares with.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from mae_dist.engine.base import OptimConfig, Part, Precision, Shapes, StepResul
 from mae_dist.engine.update import Update, Updating, autocast, fused_adamw
 from mae_dist.engine.world import World
 from mae_dist.model import MAE
+
+# The ids that a pass returns are views, and nobody writes into them.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 class FSDPEngine(Updating):
