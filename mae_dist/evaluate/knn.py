@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mae_dist.config import Config
-from mae_dist.data import BadSamples, Source, labels_of, open_sources, subset
+from mae_dist.data import BadSamples, Source, count_classes, open_sources, subset
 from mae_dist.engine import World
 from mae_dist.engine.base import Precision
 from mae_dist.errors import UserError
@@ -50,11 +50,14 @@ def evaluation_config(
 
 
 def labelled_sources(config: Config) -> tuple[Source, Source, int]:
-    """Training and held-out source, and the number of classes. Raises UserError where labels are missing."""
+    """Training and held-out source, and the number of classes.
+
+    Raises UserError where labels are missing or mean other classes in the one than in the other.
+    """
     train, test = open_sources(config.data, config.model.height_width, config.model.in_chans)
     if test is None:
         raise UserError("evaluation needs held-out labelled shards: write --data.val_shards SHARDS")
-    return train, test, 1 + max(int(labels_of(source).max()) for source in (train, test))
+    return train, test, count_classes(train, test)
 
 
 def accuracies(train: Features, test: Features, world: World, ks: Sequence[int], num_classes: int) -> list[float]:
