@@ -182,12 +182,14 @@ def knn(arguments: Sequence[str]) -> int:
     parser.add_argument("--per-class", type=int, metavar="N", help="training labels a class (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="of that choice; the mean is shown (0)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (the run's own)")
+    parser.add_argument("--data.max_bad_fraction", dest="max_bad", type=float, metavar="F",
+                        help="share of the images that may be unreadable (the run's own)")  # fmt: skip
     given = vars(parser.parse_args(arguments))
     from mae_dist.evaluate.knn import Question
     from mae_dist.evaluate.knn import knn as evaluate
 
-    run, train, test, precision = (given.pop(name) for name in ("run", "train", "test", "precision"))
-    if text := evaluate(run, train, test, Question(**given), precision):
+    run, train, test, precision, bad = (given.pop(name) for name in ("run", "train", "test", "precision", "max_bad"))
+    if text := evaluate(run, train, test, Question(**given), precision, bad):
         print(text)
     return 0
 

@@ -21,6 +21,7 @@ from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.engine import World
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.features import check_bad
 from mae_dist.evaluate.knn import labelled_sources
 from mae_dist.evaluate.learner import Learner
 from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
@@ -219,18 +220,21 @@ def fit(session: Session, journal: Journal | None) -> None:
 
 @torch.no_grad()
 def accuracy(session: Session) -> dict[str, float]:
-    """Top-1, top-5 and loss on the held-out images, each counted once, whatever the number of ranks. Collective."""
+    """Top-1, top-5 and loss on the held-out images, each counted once, whatever the number of ranks. Collective.
+
+    Raises UserError when too many of them are unreadable; they have a list of their own.
+    """
     world, learner = session.world, session.learner
     batch_size = session.config.train.global_batch_size // world.size // session.accumulate
     normalise = Normalise(session.config.data, world.device)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch in evaluation_batches(
-        session.test, session.size, session.config.data, batch_size, world.rank, world.size, session.bad
-    ):
+    data, bad = session.config.data, BadSamples(session.bad.path.parent / "test", session.bad.fraction)
+    for batch in evaluation_batches(session.test, session.size, data, batch_size, world.rank, world.size, bad):
         images, labels = (tensor.to(world.device) for tensor in (batch.images, batch.labels))
         logits = learner.predict(normalise(images)).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=world.device)])
     top1, top5, loss, count = world.sum(sums).tolist()
+    check_bad(bad, int(count), world)
     return {"eval/top1": top1 / count, "eval/top5": top5 / count, "loss/val": loss / count}
