@@ -38,7 +38,8 @@ from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 
 SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
-CROPS = ("mean", "std", "crop_scale", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
+CROP_SCALE = (0.08, 1.0)  # of both recipes; pretraining's is another
+CROPS = ("mean", "std", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
 SHARDS = ("shards", "val_shards", "cache_dir", "cache_bytes", "workers", "lanes", "window", "max_bad_fraction")
 
 Supervised = FinetuneConfig | LinearConfig
@@ -48,8 +49,8 @@ Views = Callable[[NDArray[np.int64], NDArray[np.int64]], list[View]]
 def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: float) -> tuple[Pretrained, Any]:
     """The checkpoint and the config of `mae-dist linear|finetune RUN ...`.
 
-    `batch`, `epochs`: of the recipe. Data and crops are those of the pretraining run where the command line and its
-    --config files say nothing else.
+    `batch`, `epochs`: of the recipe, as the area of crops is. Data and what else crops are like are those of the
+    pretraining run where the command line and its --config files say nothing else.
     """
     prog = f"mae-dist {name}"
     if not arguments or arguments[0].startswith("-"):
@@ -66,7 +67,7 @@ def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: fl
     own = {f"data.{key}": getattr(run.data, key) for key in (*CROPS, *SHARDS)}
     own |= {f"track.{key}": getattr(track, key) for key in ("mlflow", "experiment", "tracking_uri")}
     own |= {f"train.{key}": getattr(run.train, key) for key in ("precision", "device")}
-    own |= {"train.global_batch_size": batch, "train.epochs": epochs}
+    own |= {"train.global_batch_size": batch, "train.epochs": epochs, "data.crop_scale": CROP_SCALE}
     own |= {"train.runs_dir": str(pretrained.run_dir / EVALUATIONS), "train.name": name}
     config = configs.load(spread, prog, kind, own)
     config.check(run.model.in_chans)

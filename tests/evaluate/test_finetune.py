@@ -19,6 +19,7 @@ from mae_dist.evaluate.checkpoints import load as load_model
 from mae_dist.evaluate.classifier import Coins, KeyedDropPath, classifier
 from mae_dist.evaluate.finetune import Finetune, layer_groups
 from mae_dist.evaluate.options import AugmentConfig, FinetuneConfig, FinetuneOptim, LinearConfig, NetworkConfig
+from mae_dist.evaluate.supervised import load
 from mae_dist.exchange.runs import write
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.train.options import TrainConfig
@@ -206,6 +207,20 @@ def test_damaged_weights_are_not_finetuned(tmp_path):
         file.write(b"\x7f")
     with pytest.raises(UserError, match=r"damaged checkpoint: .*checksum"):
         classifier(whole, NetworkConfig(), 5, 0)
+
+
+def test_crops_are_the_recipes_and_else_the_runs(tmp_path):
+    """Pretraining's scale of crops is not the recipe's; what a config or the command line says wins."""
+    data = DataConfig("x", val_shards="y", crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), mean=(0.5,), std=(0.5,))
+    write(tmp_path / "run", configs.Config(MODEL, data), dict(MAE(MODEL).state_dict()), {"file": "a test"})
+    for kind, name in ((FinetuneConfig, "finetune"), (LinearConfig, "linear")):
+        for more, scale in (
+            ([], (0.08, 1.0)),
+            (["--data.crop_scale=[0.3,1]"], (0.3, 1.0)),
+            (["--config", str(CONFIGS / f"demo_{name}.yaml")], (1.0, 1.0)),
+        ):
+            _, config = load(kind, name, [str(tmp_path / "run"), *more], batch=16, epochs=1)
+            assert (config.data.crop_scale, config.data.crop_ratio) == (scale, (0.9, 1.1))
 
 
 def test_mixup_needs_pairs():
