@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def verify(arguments: Sequence[str]) -> int:
 def info(arguments: Sequence[str]) -> int:
     parser = Parser("mae-dist info", description="Counts, sizes, classes, and how well the shards are shuffled.")
     parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw a contact sheet of 64 images, a PNG")
+    parser.add_argument("--sheet", type=picture, metavar="FILE", help="draw a contact sheet of 64 images")
     given = parser.parse_args(arguments)
     from mae_dist.shards.info import contact_sheet, describe
     from mae_dist.shards.mirror import load_manifest
@@ -136,9 +137,28 @@ def info(arguments: Sequence[str]) -> int:
     manifest = load_manifest(given.shards)
     print(describe(manifest))
     if given.sheet:
-        contact_sheet(manifest).save(given.sheet, "PNG")
+        contact_sheet(manifest).save(given.sheet)
         print(given.sheet)
     return 0
+
+
+def picture(text: str) -> Path:
+    """A file that pictures can be written to; its directory is made. Raises UserError for what is none."""
+    from PIL import Image
+
+    path = Path(text)
+    try:
+        Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError):
+        name = path.with_suffix(".png") if path.name else Path("picture.png")
+        raise UserError(f"{text}: no picture can be written under this name; write {name}") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{text}: its directory cannot be made: {error.strerror}; write another name") from None
+    if path.is_dir():
+        raise UserError(f"{text}: is a directory; write a file in it, such as {path / 'picture.png'}")
+    return path
 
 
 def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
@@ -182,12 +202,14 @@ def knn(arguments: Sequence[str]) -> int:
     parser.add_argument("--per-class", type=int, metavar="N", help="training labels a class (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="of that choice; the mean is shown (0)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (the run's own)")
+    parser.add_argument("--data.max_bad_fraction", dest="max_bad", type=float, metavar="F",
+                        help="share of the images that may be unreadable (the run's own)")  # fmt: skip
     given = vars(parser.parse_args(arguments))
     from mae_dist.evaluate.knn import Question
     from mae_dist.evaluate.knn import knn as evaluate
 
-    run, train, test, precision = (given.pop(name) for name in ("run", "train", "test", "precision"))
-    if text := evaluate(run, train, test, Question(**given), precision):
+    run, train, test, precision, bad = (given.pop(name) for name in ("run", "train", "test", "precision", "max_bad"))
+    if text := evaluate(run, train, test, Question(**given), precision, bad):
         print(text)
     return 0
 
@@ -257,10 +279,10 @@ def reconstruct(arguments: Sequence[str]) -> int:
     parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction | visible pasted.")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("images", nargs="+", help="image files, or directories of shards; local or URLs")
-    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="(%(default)s)")
+    parser.add_argument("--out", type=picture, default="reconstruction.png", help="(%(default)s)")
     parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches to hide (the run's own)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the masks; each makes a row (%(default)s)")
-    parser.add_argument("--features", type=Path, metavar="FILE",
+    parser.add_argument("--features", type=picture, metavar="FILE",
                         help="a second picture: the patch features, three principal components as colours")  # fmt: skip
     given = parser.parse_args(arguments)
     from mae_dist.evaluate.reconstruct import NORM_PIX, Viewer

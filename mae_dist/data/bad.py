@@ -94,7 +94,7 @@ class BadSamples:
         raise UserError(
             f"{found} bad samples among {read} read, more than data.max_bad_fraction {self.fraction} allows "
             f"({self.allowed(read)}): {listing}{more}. Make these shards again, or allow more and go on: "
-            f"--data.max_bad_fraction {found / read * 2:.1g}"
+            f"--data.max_bad_fraction {min(1.0, found / read * 2):.1g}"
         )
 
     def allowed(self, read: int) -> int:

@@ -9,6 +9,7 @@ from mae_dist import rng
 from mae_dist.data.decode import whole
 from mae_dist.data.source import Choose, ShardSource, Source
 from mae_dist.errors import UserError
+from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.prefetch import Course, Prefetcher
 
 Ints = NDArray[np.int64]
@@ -19,9 +20,7 @@ def labels_of(source: Source) -> Ints:
     """Labels (N,) int64 of all samples in file order, no image read. Raises UserError where one is missing."""
     if isinstance(source, SubsetSource):
         return labels_of(source.source)[source.kept]
-    if not isinstance(source, ShardSource):
-        raise UserError("evaluation needs labelled shards with a manifest, made by mae-dist shard or mae-dist index")
-    manifest = source.store.manifest
+    manifest = manifest_of(source)
     tables = [np.load(manifest.index_path(shard), mmap_mode="r")[:, 2] for shard in range(len(manifest.shards))]
     labels = np.concatenate(tables).astype(np.int64)
     if labels.min() < 0:
@@ -30,6 +29,32 @@ def labels_of(source: Source) -> Ints:
             "shards: mae-dist shard CLASS_FOLDERS OUT (or --labels FILE)"
         )
     return labels
+
+
+def manifest_of(source: Source) -> Manifest:
+    if isinstance(source, SubsetSource):
+        return manifest_of(source.source)
+    if not isinstance(source, ShardSource):
+        raise UserError("evaluation needs labelled shards with a manifest, made by mae-dist shard or mae-dist index")
+    return source.store.manifest
+
+
+def count_classes(train: Source, held_out: Source) -> int:
+    """How many classes the labels of both count. Raises UserError where one is missing or means another class there.
+
+    A name that is the label's own number says nothing, as when labels were given as numbers.
+    """
+    manifests = manifest_of(train), manifest_of(held_out)
+    for label, names in enumerate(zip(*(manifest.classes for manifest in manifests), strict=False)):
+        unknown = str(label) in names and not all(name.isdecimal() for name in names)
+        if names[0] != names[1] and not unknown:
+            places = [manifest.place(0).rpartition("/")[0] for manifest in manifests]
+            raise UserError(
+                f"{places[0]} and {places[1]}: label {label} is {names[0]} in the first, {names[1]} in the second; "
+                "make both with mae-dist shard from class folders of the same names (numbered in sorted order), or "
+                "one of them from a flat directory with --labels FILE and the numbers of the other"
+            )
+    return 1 + max(int(labels_of(source).max()) for source in (train, held_out))
 
 
 class SubsetSource:

@@ -75,12 +75,17 @@ def untrained(config: Config) -> MAE:
     return MAE(config.model).eval()
 
 
-def trained(checkpoint: Path, config: Config) -> MAE:
-    """The model of a checkpoint. Raises UserError when its weights are damaged or another model's."""
+def check_weights(checkpoint: Path) -> None:
+    """Raise UserError when a checkpoint's weights are not the bytes that were written."""
     for problem in problems(checkpoint, names=[WEIGHTS]):
         others = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
         instead = f"use another: {', '.join(others)}" if others else "put back a copy"
         raise UserError(f"damaged checkpoint: {problem}; {instead}")
+
+
+def trained(checkpoint: Path, config: Config) -> MAE:
+    """The model of a checkpoint. Raises UserError when its weights are damaged or another model's."""
+    check_weights(checkpoint)
     model = MAE(config.model)
     load_weights(model, checkpoint)
     return model.eval()

@@ -7,8 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dist import rng
-from mae_dist.engine import load_weights
-from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.checkpoints import Pretrained, trained
 from mae_dist.evaluate.options import NetworkConfig
 from mae_dist.model import MAE
 
@@ -49,9 +48,8 @@ def classifier(pretrained: Pretrained, network: NetworkConfig, num_classes: int,
     Its state dict is that of `timm.create_model(NAME, num_classes=..., global_pool="avg")`, for mean pooling.
     """
     torch.manual_seed(seed)
-    mae = MAE(pretrained.config.model)
-    if network.init == "pretrained":
-        load_weights(mae, pretrained.checkpoint)
+    known = network.init == "pretrained"
+    mae = trained(pretrained.checkpoint, pretrained.config) if known else MAE(pretrained.config.model)
     vit: Any = mae.encoder
     vit.pos_embed.requires_grad_()
     if network.pool == "mean":  # as the official code: the norm comes after the mean, and is new

@@ -21,7 +21,9 @@ from mae_dist.data import BadSamples, Source, centred_batches
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import World
 from mae_dist.engine.update import autocast
+from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained, trained, untrained
+from mae_dist.evaluate.tracked import EVALUATIONS
 
 BLOCK, BATCH = 1024, 256  # samples in a file, and encoded at once
 Kind = Literal["pretrained", "untrained", "pixels"]
@@ -78,22 +80,38 @@ class Features:
 
 
 @torch.no_grad()
-def extract(
-    kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config: Config, world: World, bad: BadSamples
-) -> Features:
-    """The features of a source under `bad`'s run directory, made where they are not there yet. Collective."""
+def extract(kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config: Config, world: World) -> Features:
+    """The features of a source under the run's directory, made where they are not there yet. Collective.
+
+    Beside them are listed the bad samples among them. Raises UserError when they are too many, and keeps no features:
+    shards that were copied again are read again.
+    """
     name = fingerprint(kind, pool, encoder, source, config)
-    features = Features(bad.path.parent / "features" / name, int(source.counts.sum()))
+    features = Features(encoder.run_dir / EVALUATIONS / "features" / name, int(source.counts.sum()))
     features.directory.mkdir(parents=True, exist_ok=True)
-    world.barrier()
+    bad = BadSamples(features.directory, config.data.max_bad_fraction)
     there = world.broadcast([features.path(block).exists() for block in range(features.num_blocks)])
+    if world.is_main and not any(there):
+        bad.path.unlink(missing_ok=True)
+    world.barrier()
     missing = [block for block, done in enumerate(there) if not done]
     mine = missing[world.rank :: world.size]
     if mine:
         function = extractor(kind, pool, encoder, world.device)
         _make(function, source, features, mine, config, world, bad)
     world.barrier()
+    try:
+        check_bad(bad, features.count, world)
+    except UserError:
+        for block in range(features.num_blocks)[world.rank :: world.size]:
+            features.path(block).unlink(missing_ok=True)
+        raise
     return features
+
+
+def check_bad(bad: BadSamples, read: int, world: World) -> None:
+    """Raise UserError, on all ranks, when too many of `read` samples were bad. Collective."""
+    bad.check(int(world.max(torch.tensor(bad.count(), device=world.device))), read)
 
 
 def _make(
@@ -128,7 +146,7 @@ def _make(
 def fingerprint(kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config: Config) -> str:
     """Changes with all that features depend on."""
     d = config.data
-    pixels = [config.model.height_width, d.eval_crop, d.mean, d.std, d.decoder]
+    pixels = [config.model.height_width, d.eval_crop, d.mean, d.std, d.decoder, d.dct_scale, d.max_pixels]
     network: list[object] = [] if kind == "pixels" else [pool, config.train.precision]
     if kind != "pixels":
         network.append(encoder.digest if kind == "pretrained" else [str(encoder.config.model), config.train.seed])

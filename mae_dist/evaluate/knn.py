@@ -8,17 +8,15 @@ from pathlib import Path
 import torch
 
 from mae_dist.config import Config
-from mae_dist.data import BadSamples, Source, labels_of, open_sources, subset
+from mae_dist.data import Source, count_classes, open_sources, subset
 from mae_dist.engine import World
 from mae_dist.engine.base import Precision
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained
-from mae_dist.evaluate.features import Features, Kind, Pool, extract
+from mae_dist.evaluate.features import Features, Kind, Pool, extract, fingerprint
 from mae_dist.evaluate.tracked import EVALUATIONS, logged, name_of, track_of
 from mae_dist.model.nearest import knn_right
 from mae_dist.train.checkpoint import step_of
-
-MAX_BAD = 1e-4  # share of unreadable images, as in training
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,22 @@ class Question:
 
 
 def evaluation_config(
-    pretrained: Pretrained, train: str | None, test: str | None, precision: Precision | None = None
+    pretrained: Pretrained,
+    train: str | None,
+    test: str | None,
+    precision: Precision | None = None,
+    max_bad_fraction: float | None = None,
 ) -> Config:
-    """The run's config with other data: directories of labelled shards, or None for what the run itself had."""
+    """The run's config with what is said otherwise. `train`, `test`: directories of labelled shards."""
     config = pretrained.config
     data = dataclasses.replace(config.data, val_shards=test or config.data.val_shards)
     if train:
         data = dataclasses.replace(data, shards=train, mode="exact", epoch_size=None, fake=False)
+    if not data.shards or data.mode != "exact":
+        say = "--train SHARDS" if data.val_shards else "--train SHARDS --test SHARDS"
+        raise UserError(f"{pretrained.run_dir}: this run has no indexed shards of its own; write {say}, labelled ones")
+    if max_bad_fraction is not None:
+        data = dataclasses.replace(data, max_bad_fraction=max_bad_fraction)
     data.check(config.model.in_chans)
     if data.val_shards is None:
         raise UserError("evaluation needs held-out labelled shards: write --test SHARDS")
@@ -50,11 +57,14 @@ def evaluation_config(
 
 
 def labelled_sources(config: Config) -> tuple[Source, Source, int]:
-    """Training and held-out source, and the number of classes. Raises UserError where labels are missing."""
+    """Training and held-out source, and the number of classes.
+
+    Raises UserError where labels are missing or mean other classes in the one than in the other.
+    """
     train, test = open_sources(config.data, config.model.height_width, config.model.in_chans)
     if test is None:
         raise UserError("evaluation needs held-out labelled shards: write --data.val_shards SHARDS")
-    return train, test, 1 + max(int(labels_of(source).max()) for source in (train, test))
+    return train, test, count_classes(train, test)
 
 
 def accuracies(train: Features, test: Features, world: World, ks: Sequence[int], num_classes: int) -> list[float]:
@@ -67,38 +77,53 @@ def accuracies(train: Features, test: Features, world: World, ks: Sequence[int],
     return (world.sum(counts).double() / test.count).tolist()
 
 
-def compare(pretrained: Pretrained, config: Config, world: World, question: Question) -> dict[str, dict[int, float]]:
-    """k-NN accuracy by k of each kind of features asked for. Collective.
+def compare(
+    pretrained: Pretrained, config: Config, sources: tuple[Source, Source, int], world: World, question: Question
+) -> dict[str, dict[int, float]]:
+    """k-NN accuracy by k of each kind of features asked for. `sources`: of `labelled_sources`. Collective.
 
-    Raises UserError where labels are missing or too few.
+    Raises UserError where labels are too few or too many images unreadable.
     """
-    bad = BadSamples(pretrained.run_dir / EVALUATIONS, MAX_BAD)
-    train, test, num_classes = labelled_sources(config)
+    train, test, num_classes = sources
     parts = [subset(train, question.fraction, question.per_class, seed) for seed in question.seeds]
     smallest = min(int(part.counts.sum()) for part in parts)
     ks = sorted({min(k, smallest) for k in question.ks})
     table = {}
     for kind in question.of:
-        held_out = extract(kind, question.pool, pretrained, test, config, world, bad)
+        held_out = extract(kind, question.pool, pretrained, test, config, world)
         rows = []
         for part in parts:
-            votes = extract(kind, question.pool, pretrained, part, config, world, bad)
+            votes = extract(kind, question.pool, pretrained, part, config, world)
             rows.append(accuracies(votes, held_out, world, ks, num_classes))
         table[kind] = {k: sum(column) / len(rows) for k, column in zip(ks, zip(*rows, strict=True), strict=True)}
     return table
 
 
-def knn(run: Path, train: str | None, test: str | None, question: Question, precision: Precision | None) -> str:
+def asked(kinds: Sequence[Kind], pool: Pool, pretrained: Pretrained, sources: Sequence[Source], config: Config) -> dict:
+    """What an evaluation's features depend on, for its name."""
+    return {"features": [fingerprint(kind, pool, pretrained, source, config) for kind in kinds for source in sources]}
+
+
+def knn(
+    run: Path,
+    train: str | None,
+    test: str | None,
+    question: Question,
+    precision: Precision | None = None,
+    max_bad_fraction: float | None = None,
+) -> str:
     """The table of `mae-dist knn`, on all the processes of this world; rank 0 logs it as a child of the run."""
     pretrained = Pretrained.find(run)
-    config = evaluation_config(pretrained, train, test, precision)
+    config = evaluation_config(pretrained, train, test, precision, max_bad_fraction)
     world = World.join()
     try:
         params = dataclasses.asdict(question) | {"shards": config.data.shards, "val_shards": config.data.val_shards}
-        step = step_of(pretrained.checkpoint)
-        table = compare(pretrained, config, world, question)
+        params |= {"precision": config.train.precision}
+        step, sources = step_of(pretrained.checkpoint), labelled_sources(config)
+        table = compare(pretrained, config, sources, world, question)
         if world.is_main:
-            name = name_of("knn", step, params)
+            features = asked(question.of, question.pool, pretrained, sources[:2], config)
+            name = name_of("knn", step, params | features)
             directory = pretrained.run_dir / EVALUATIONS / name
             with logged(directory, pretrained, track_of(pretrained), 0, params) as journal:
                 metrics = {metric(f"knn_k{k}", kind): value for kind, row in table.items() for k, value in row.items()}

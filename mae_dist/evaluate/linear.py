@@ -31,8 +31,9 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         mean = self.world.sum(input.sum(0)) / count
         variance = self.world.sum((input - mean).square().sum(0)) / count
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        finite = (mean + variance).isfinite().all()  # a bad number moves nothing
+        for kept, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+            kept.copy_(torch.where(finite, kept.lerp(now, self.momentum), kept))
         return (input - mean) * (variance + self.eps).rsqrt()
 
 

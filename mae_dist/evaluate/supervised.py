@@ -21,6 +21,7 @@ from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.engine import World
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.features import check_bad
 from mae_dist.evaluate.knn import labelled_sources
 from mae_dist.evaluate.learner import Learner
 from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
@@ -37,7 +38,8 @@ from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 
 SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
-CROPS = ("mean", "std", "crop_scale", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
+CROP_SCALE = (0.08, 1.0)  # of both recipes; pretraining's is another
+CROPS = ("mean", "std", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
 SHARDS = ("shards", "val_shards", "cache_dir", "cache_bytes", "workers", "lanes", "window", "max_bad_fraction")
 
 Supervised = FinetuneConfig | LinearConfig
@@ -47,8 +49,8 @@ Views = Callable[[NDArray[np.int64], NDArray[np.int64]], list[View]]
 def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: float) -> tuple[Pretrained, Any]:
     """The checkpoint and the config of `mae-dist linear|finetune RUN ...`.
 
-    `batch`, `epochs`: of the recipe. Data and crops are those of the pretraining run where the command line and its
-    --config files say nothing else.
+    `batch`, `epochs`: of the recipe, as the area of crops is. Data and what else crops are like are those of the
+    pretraining run where the command line and its --config files say nothing else.
     """
     prog = f"mae-dist {name}"
     if not arguments or arguments[0].startswith("-"):
@@ -65,7 +67,7 @@ def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: fl
     own = {f"data.{key}": getattr(run.data, key) for key in (*CROPS, *SHARDS)}
     own |= {f"track.{key}": getattr(track, key) for key in ("mlflow", "experiment", "tracking_uri")}
     own |= {f"train.{key}": getattr(run.train, key) for key in ("precision", "device")}
-    own |= {"train.global_batch_size": batch, "train.epochs": epochs}
+    own |= {"train.global_batch_size": batch, "train.epochs": epochs, "data.crop_scale": CROP_SCALE}
     own |= {"train.runs_dir": str(pretrained.run_dir / EVALUATIONS), "train.name": name}
     config = configs.load(spread, prog, kind, own)
     config.check(run.model.in_chans)
@@ -219,18 +221,21 @@ def fit(session: Session, journal: Journal | None) -> None:
 
 @torch.no_grad()
 def accuracy(session: Session) -> dict[str, float]:
-    """Top-1, top-5 and loss on the held-out images, each counted once, whatever the number of ranks. Collective."""
+    """Top-1, top-5 and loss on the held-out images, each counted once, whatever the number of ranks. Collective.
+
+    Raises UserError when too many of them are unreadable; they have a list of their own.
+    """
     world, learner = session.world, session.learner
     batch_size = session.config.train.global_batch_size // world.size // session.accumulate
     normalise = Normalise(session.config.data, world.device)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch in evaluation_batches(
-        session.test, session.size, session.config.data, batch_size, world.rank, world.size, session.bad
-    ):
+    data, bad = session.config.data, BadSamples(session.bad.path.parent / "test", session.bad.fraction)
+    for batch in evaluation_batches(session.test, session.size, data, batch_size, world.rank, world.size, bad):
         images, labels = (tensor.to(world.device) for tensor in (batch.images, batch.labels))
         logits = learner.predict(normalise(images)).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=world.device)])
     top1, top5, loss, count = world.sum(sums).tolist()
+    check_bad(bad, int(count), world)
     return {"eval/top1": top1 / count, "eval/top5": top5 / count, "loss/val": loss / count}

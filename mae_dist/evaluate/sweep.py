@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mae_dist import config as configs
-from mae_dist.data import BadSamples, subset
-from mae_dist.data.labels import choose
+from mae_dist.data import labels_of, subset
+from mae_dist.data.labels import Ints, choose
 from mae_dist.engine import World
+from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.evaluate.features import extract
-from mae_dist.evaluate.knn import labelled_sources, metric
+from mae_dist.evaluate.knn import asked, labelled_sources, metric
 from mae_dist.evaluate.lars import trust
 from mae_dist.evaluate.options import LinearConfig
-from mae_dist.evaluate.tracked import EVALUATIONS, logged, name_of
+from mae_dist.evaluate.tracked import logged, name_of
 from mae_dist.shards.order import SampleOrder
 from mae_dist.train.checkpoint import step_of
 from mae_dist.train.schedule import CosineSchedule
@@ -122,6 +124,18 @@ class Best:
     weight_decay: float
 
 
+def held_out(labels: Ints, share: float, seed: int) -> Ints:
+    """The places among training labels (N,) of those that choose the best. Raises UserError where those are all."""
+    places = choose(labels, share, None, seed + 1)
+    if len(places) == len(labels):
+        raise UserError(
+            f"sweep: {len(labels)} training labels in {len(np.unique(labels))} classes; sweep.held_out {share:g} takes "
+            "at least one a class to choose the best, and leaves none to train on: write --per-class 2 or more, a "
+            "larger --fraction, or a smaller --sweep.held_out"
+        )
+    return places
+
+
 def choose_and_train(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, config: LinearConfig, seed: int,
     world: World,
@@ -130,7 +144,7 @@ def choose_and_train(
     settings = [(blr, wd) for blr in config.sweep.blrs for wd in config.sweep.weight_decays]
     features, labels = train
     held = torch.zeros(len(labels), dtype=torch.bool)
-    held[torch.from_numpy(choose(labels.cpu().numpy(), config.sweep.held_out, None, seed + 1))] = True
+    held[torch.from_numpy(held_out(labels.cpu().numpy(), config.sweep.held_out, seed))] = True
     held = held.to(labels.device)
     heads = train_heads(features[~held], labels[~held], num_classes, settings, config, seed, world)
     scores = heads.accuracy(features[held], labels[held], world)
@@ -145,30 +159,31 @@ def sweep(pretrained: Pretrained, config: LinearConfig) -> int:
     try:
         merged = configs.Config(model=pretrained.config.model, data=config.data, train=config.train)
         train, test, num_classes = labelled_sources(merged)
-        bad = BadSamples(pretrained.run_dir / EVALUATIONS, config.data.max_bad_fraction)
+        parts = [subset(train, config.labels.fraction, config.labels.per_class, seed) for seed in config.sweep.seeds]
+        for part, seed in zip(parts, config.sweep.seeds, strict=True):
+            held_out(labels_of(part), config.sweep.held_out, seed)  # raises before anything is made
         kinds = ("untrained",) if config.network.init == "none" else config.sweep.kinds
-        table: dict[str, list[Best]] = {}
+        pool, table = config.network.pool, dict[str, list[Best]]()
         for kind in kinds:
-            pool = config.network.pool
-            unseen = extract(kind, pool, pretrained, test, merged, world, bad).all(world.device)
+            unseen = extract(kind, pool, pretrained, test, merged, world).all(world.device)
             table[kind] = []
-            for seed in config.sweep.seeds:
-                part = subset(train, config.labels.fraction, config.labels.per_class, seed)
-                seen = extract(kind, pool, pretrained, part, merged, world, bad).all(world.device)
+            for part, seed in zip(parts, config.sweep.seeds, strict=True):
+                seen = extract(kind, pool, pretrained, part, merged, world).all(world.device)
                 table[kind].append(choose_and_train(seen, unseen, num_classes, config, seed, world))
         if world.is_main:
             print(as_text(table, config))
-            log(table, pretrained, config)
+            log(table, pretrained, config, asked(kinds, pool, pretrained, (train, test), merged))
         return 0
     finally:
         world.leave()
 
 
-def log(table: dict[str, list[Best]], pretrained: Pretrained, config: LinearConfig) -> None:
+def log(table: dict[str, list[Best]], pretrained: Pretrained, config: LinearConfig, features: dict) -> None:
+    """A run of its own, named by its settings and by what its features depend on."""
     params = {key: value for key, value in configs.flat(config) if key.split(".")[0] not in ("track", "train")}
-    params |= {"global_batch_size": config.train.global_batch_size, "epochs": config.train.epochs}
+    params |= {key: getattr(config.train, key) for key in ("global_batch_size", "epochs", "steps", "precision")}
     step = step_of(pretrained.checkpoint)
-    run_dir = Path(config.train.runs_dir) / name_of("sweep", step, params)
+    run_dir = Path(config.train.runs_dir) / name_of("sweep", step, params | features)
     with logged(run_dir, pretrained, config.track, 0, params) as journal:
         metrics = {metric("linear", kind): sum(b.test for b in row) / len(row) for kind, row in table.items()}
         journal.write({"kind": "metrics", "step": step, "metrics": metrics})

@@ -1,6 +1,5 @@
 """The model card beside exported weights: what they are, where they come from, how they are loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import mae_dist
 from mae_dist.config import Config
 from mae_dist.model import MAEConfig
 from mae_dist.model.mae import build_encoder
+from mae_dist.track import journal
 from mae_dist.train.checkpoint import read_meta
 from mae_dist.train.run import git_commit
 
@@ -121,12 +121,12 @@ def official_arguments(model: MAEConfig, whole: bool) -> str:
 
 def training_commit(run: Path) -> str | None:
     """The commit of the code that trained, from the run's journal."""
-    journal = run / "journal.jsonl"
-    if not journal.is_file():
+    path = run / journal.FILE_NAME
+    if not path.is_file():
         return None
     commits = [
         record.get("tags", {}).get("mlflow.source.git.commit")
-        for record in map(json.loads, journal.read_text().splitlines())
+        for record in journal.read(path)
         if record.get("kind") == "start"
     ]
     return commits[-1] if commits else None

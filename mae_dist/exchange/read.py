@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ SOURCES = {"official": "official", "official-encoder": "timm", "timm": "timm"} |
 """What --from may be, and the layout that it is."""
 CONFIG_KEY = "mae_dist"  # under which our own exports keep the model's config
 WRAPPERS = ("model", "state_dict")  # of .pth files around the tensors
+HARMLESS = [  # beside tensors, in official training checkpoints: their options, and their directory (of submitit)
+    argparse.Namespace, *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local"))
+]  # fmt: skip
 CLASSIFIERS = ("head.", "fc_norm.", "classifier.", "pooler.")  # on an encoder; MAE has none
 
 
@@ -79,7 +82,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             with safe_open(path, "pt") as file:
                 said = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
                 return {key: file.get_tensor(key) for key in file.keys()}, said  # noqa: SIM118 (a file handle)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the official training checkpoints hold theirs
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError):  # torch advises to unpickle all
         raise UserError(
@@ -116,5 +119,12 @@ def read_json(directory: Path) -> tuple[dict[str, Any], dict[str, Any], list[str
     pixels = directory / "preprocessor_config.json"
     if pixels.is_file():
         said = json.loads(pixels.read_text())
-        data = {ours: tuple(said[name]) for name, ours in {"image_mean": "mean", "image_std": "std"}.items()}
+        missing = [name for name in ("image_mean", "image_std") if not said.get(name)]
+        if missing:
+            notes.append(
+                f"{pixels.name} has no {' and no '.join(missing)}: the default mean and std are taken; "
+                "the run's config.yaml has them under data"
+            )
+        else:
+            data = {"mean": tuple(said["image_mean"]), "std": tuple(said["image_std"])}
     return model, data, notes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mae_dist.config import Config
 from mae_dist.engine.state import WEIGHTS
 from mae_dist.errors import UserError
-from mae_dist.evaluate.checkpoints import load_config, newest_of
+from mae_dist.evaluate.checkpoints import check_weights, load_config, newest_of
 from mae_dist.exchange.card import card
 from mae_dist.exchange.read import CONFIG_KEY
 from mae_dist.exchange.runs import at_size
@@ -45,8 +45,8 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
     """Write a run's newest checkpoint (or the one given) for another library; returns lines for the user.
 
     `out`: a new directory, or for official and timm a file name (.pth, .safetensors), beside which NAME.md is the card.
-    `img_size`: pixels to resize the position tables for. Raises UserError when `out` exists, the library has no place
-    for some weight, or the size is impossible.
+    `img_size`: pixels to resize the position tables for. Raises UserError when `out` exists, the checkpoint is
+    damaged, the library has no place for some weight, or the size is impossible.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: write one of {', '.join(TARGETS)}")
@@ -59,6 +59,7 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
         raise UserError(f"{out}: exists already; write another --out, or remove it")
     checkpoint = newest_of(run)
     config = load_config(checkpoint)
+    check_weights(checkpoint)
     weights, notes, model = load_file(checkpoint / WEIGHTS), [], config.model
     if target.layout in ENCODER_ONLY:
         weights = {key: tensor for key, tensor in weights.items() if key.startswith("encoder.")}

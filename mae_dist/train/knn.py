@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mae_dist.config import Config
-from mae_dist.data import BadSamples, Source, centred_batches, labels_of
+from mae_dist.data import BadSamples, Source, centred_batches, count_classes
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import Engine, World
 from mae_dist.errors import UserError
@@ -32,7 +32,7 @@ def is_due(step: int, config: Config, epoch_steps: float) -> bool:
 class KnnWatch:
     """Metric eval/knn: the mean of the patch tokens, k=20, on a fixed choice of images, the same in all of a run.
 
-    Raises UserError where labels are missing.
+    Raises UserError where labels are missing or mean other classes.
     """
 
     phase = "k-NN"
@@ -55,7 +55,7 @@ class KnnWatch:
         self.world, self.batch_size, self.bad = world, batch_size, bad
         self.config, self.epoch_steps = config, epoch_steps
         self.train, self.held_out = train, held_out
-        self.num_classes = 1 + max(int(labels_of(source).max()) for source in (train, held_out))
+        self.num_classes = count_classes(train, held_out)
         self.normalise = Normalise(config.data, world.device)
 
     def due(self, step: int) -> bool:

@@ -16,6 +16,7 @@ from mae_dist.errors import UserError
 from mae_dist.train.checkpoint import committed
 from mae_dist.train.stop import SIGNALS
 from tests.conftest import TINY, mae_dist
+from tests.data.test_bad import corrupt
 
 pytestmark = pytest.mark.dist
 
@@ -175,6 +176,16 @@ def test_mistakes_are_said_in_a_line(pretrained, arguments, says, handlers):
     with pytest.raises(UserError) as caught:
         COMMANDS[command](words)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unreadable_test_images_have_a_limit(run, shards, tmp_path, handlers):
+    """Whatever the training images are like, and however often the command is started."""
+    broken = corrupt(shards, tmp_path / "broken", range(0, 46, 3))
+    words = [str(run), f"--data.shards={shards}", f"--data.val_shards={broken}", "--train.global_batch_size=8"]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"16 bad samples among 46 read, .* --data.max_bad_fraction 0.7$"):
+            COMMANDS["linear"]([*words, "--train.steps=1"])
+    assert COMMANDS["linear"]([*words, "--train.steps=1", "--data.max_bad_fraction=0.7"]) == 0
 
 
 def test_evaluations_are_children_of_the_run_in_mlflow(run, monkeypatch):

@@ -1,11 +1,15 @@
 """Which labels are used: decided by the seed alone, the same number of each class."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mae_dist.data import DataConfig, ImageStream, evaluation_batches, labels_of, open_sources, subset
+from mae_dist.data import DataConfig, ImageStream, count_classes, evaluation_batches, labels_of, open_sources, subset
 from mae_dist.data.labels import choose
 from mae_dist.errors import UserError
+from mae_dist.shards.manifest import Manifest
 
 SIZE = (16, 16)
 
@@ -69,3 +73,38 @@ def test_unlabelled_images_are_refused(images, tmp_path):
     with pytest.raises(UserError) as caught:
         labels_of(open_sources(DataConfig(str(tmp_path / "flat")), SIZE, 3)[0])
     assert "23 of 23 images have no label" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["class_0", "dog"], "label 1 is class_1 in the first, dog in the second"),
+        (["class_0", "class_1", "dog"], None),  # more than the training has
+        (["class_0"], None),
+        ([], None),  # names not known
+        (["0", "1"], None),  # numbers given as labels
+        (["1", "0"], "label 0 is class_0 in the first, 1 in the second"),
+    ],
+)
+def test_a_label_means_the_same_class_in_both(source, shards, tmp_path, names, says):
+    place = tmp_path / "held_out"
+    shutil.copytree(shards, place)
+    replace(Manifest.load(place), classes=names).save()
+    held_out = open_sources(DataConfig(str(place)), SIZE, 3)[0]
+    for train in (source, subset(source, per_class=3)):
+        if says is None:
+            assert count_classes(train, held_out) == 2
+            continue
+        with pytest.raises(UserError) as caught:
+            count_classes(train, held_out)
+        assert all(word in str(caught.value) for word in (says, str(shards), str(place), "--labels FILE"))
+
+
+def test_names_that_are_numbers_are_compared_with_each_other(source, tmp_path):
+    """Folders 0 to 10 sort as 0, 1, 10, 2: label 2 is another class than where there are folders 0 to 2 alone."""
+    held = [subset(source, per_class=1) for _ in range(2)]
+    for part, names in zip(held, (["0", "1", "10", "2"], ["0", "1", "2"]), strict=True):
+        part.source = open_sources(DataConfig(str(source.store.manifest.directory)), SIZE, 3)[0]
+        part.source.store.manifest = replace(source.store.manifest, classes=names)
+    with pytest.raises(UserError, match="label 2 is 10 in the first, 2 in the second"):
+        count_classes(*held)

@@ -15,10 +15,13 @@ from mae_dist.engine import World
 from mae_dist.errors import UserError
 from mae_dist.evaluate.augment import Mix, finetune_views, posterize, rand_augmentation
 from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.checkpoints import load as load_model
 from mae_dist.evaluate.classifier import Coins, KeyedDropPath, classifier
 from mae_dist.evaluate.finetune import Finetune, layer_groups
 from mae_dist.evaluate.options import AugmentConfig, FinetuneConfig, FinetuneOptim, LinearConfig, NetworkConfig
-from mae_dist.model import MAEConfig
+from mae_dist.evaluate.supervised import load
+from mae_dist.exchange.runs import write
+from mae_dist.model import MAE, MAEConfig
 from mae_dist.train.options import TrainConfig
 
 MODEL = MAEConfig(
@@ -191,6 +194,33 @@ def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
         assert tensors.keys() == states[1][name].keys() and tensors
         assert all(torch.equal(value, states[1][name][key]) for key, value in tensors.items())
     assert not torch.equal(first.evaluated.head.weight, first.model.head.weight)
+
+
+def test_damaged_weights_are_not_finetuned(tmp_path):
+    write(tmp_path / "run", SCRATCH.config, dict(MAE(MODEL).state_dict()), {"file": "a test"})
+    whole = Pretrained.find(tmp_path / "run")
+    assert torch.equal(
+        classifier(whole, NetworkConfig(), 5, 0).cls_token, load_model(whole.checkpoint).encoder.cls_token
+    )
+    with (whole.checkpoint / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*checksum"):
+        classifier(whole, NetworkConfig(), 5, 0)
+
+
+def test_crops_are_the_recipes_and_else_the_runs(tmp_path):
+    """Pretraining's scale of crops is not the recipe's; what a config or the command line says wins."""
+    data = DataConfig("x", val_shards="y", crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), mean=(0.5,), std=(0.5,))
+    write(tmp_path / "run", configs.Config(MODEL, data), dict(MAE(MODEL).state_dict()), {"file": "a test"})
+    for kind, name in ((FinetuneConfig, "finetune"), (LinearConfig, "linear")):
+        for more, scale in (
+            ([], (0.08, 1.0)),
+            (["--data.crop_scale=[0.3,1]"], (0.3, 1.0)),
+            (["--config", str(CONFIGS / f"demo_{name}.yaml")], (1.0, 1.0)),
+        ):
+            _, config = load(kind, name, [str(tmp_path / "run"), *more], batch=16, epochs=1)
+            assert (config.data.crop_scale, config.data.crop_ratio) == (scale, (0.9, 1.1))
 
 
 def test_mixup_needs_pairs():

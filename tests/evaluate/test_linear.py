@@ -104,6 +104,22 @@ def test_the_probe_without_ranks_is_torchs_batch_norm_and_autograd():
     torch.testing.assert_close(probe.model[0].running_var, plain[0].running_var)
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_bad_batch_moves_nothing_of_the_probe(bad):
+    """Not even its running statistics."""
+    features, labels = clusters(16)
+    probe = LinearProbe(lambda x: x, 12, CONFIG, ALONE, 3, accumulate=1)
+    before, batch = {key: value.clone() for key, value in probe.model.state_dict().items()}, Batch(*[labels] * 4)
+    spoilt = features.clone()
+    spoilt[3, 5] = bad
+    for images, skipped in ((spoilt, 1), (features, 0)):
+        probe.forward_backward(images, batch, True)
+        assert probe.step(1.0).skipped == skipped
+        after = probe.model.state_dict()
+        assert all(torch.equal(before[key], after[key]) == bool(skipped) for key in ("0.running_mean", "0.running_var"))
+        assert torch.equal(before["1.weight"], after["1.weight"]) == bool(skipped)
+
+
 def test_the_test_images_choose_nothing():
     """Other test labels: the same setting is chosen; and what is chosen has the best held-out accuracy."""
     train, test = clusters(80), clusters(40, seed=1)

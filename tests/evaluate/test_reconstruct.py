@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_dist.cli import COMMANDS
 from mae_dist.config import Config
 from mae_dist.errors import UserError
 from mae_dist.evaluate.pca import pca_colours
@@ -66,14 +67,33 @@ def test_panels_are_what_their_captions_say(run, photos):
 
 
 def test_the_command_writes_both_pictures_and_says_once_how_norm_pix_is_shown(run, photos, tmp_path):
-    options = ["--seed", 0, 1, "--mask-ratio", 0.6, "--out", tmp_path / "r.png", "--features", tmp_path / "f.png"]
+    options = ["--seed", 0, 1, "--mask-ratio", 0.6, "--out", tmp_path / "new/r.png", "--features", tmp_path / "f.png"]
     said = mae_dist("reconstruct", run, *photos, *options).stdout
     norm_pix = Viewer(run, photos).config.model.norm_pix_loss
     assert said.count("mean and variance of the true patch") == int(norm_pix)
-    assert panels(Image.open(tmp_path / "r.png"), 4).shape[0] == 4
+    assert panels(Image.open(tmp_path / "new/r.png"), 4).shape[0] == 4
     tiles = panels(Image.open(tmp_path / "f.png"), 2)
     colours = tiles[:, 1].unflatten(1, (6, 16)).unflatten(3, (8, 16))
     assert (colours == colours[:, :, :1, :, :1]).all()  # one colour a patch
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("grid", "grid: no picture can be written under this name; write .*grid.png"),
+        ("grid.xyz", "write .*grid.png"),
+        ("a.png/grid.png", "its directory cannot be made"),
+        ("dir.png", "is a directory"),
+    ],
+)
+def test_where_no_picture_can_be_written_nothing_is_computed(tmp_path, name, says):
+    """There is no such run, and nobody looked for it."""
+    (tmp_path / "a.png").touch()
+    (tmp_path / "dir.png").mkdir()
+    for command in (["reconstruct", "none", "x", "--out"], ["reconstruct", "none", "x", "--features"],
+                    ["info", "none", "--sheet"]):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            COMMANDS[command[0]]([*command[1:], str(tmp_path / name)])
 
 
 def test_impossible_ratios_and_files_are_named(run, photos, tmp_path):

@@ -4,9 +4,10 @@ import json
 import re
 import subprocess
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -106,7 +107,8 @@ def test_what_no_tensor_tells_is_said(run, tmp_path):
 
 def test_an_official_training_checkpoint_is_read_without_unpickling_anything(run, tmp_path):
     weights = convert(load(run).state_dict(), "mae_dist", "official")
-    torch.save({"model": weights, "args": Namespace(blr=1e-3)}, tmp_path / "training.pth")
+    args = Namespace(blr=1e-3, output_dir=PosixPath("/checkpoint/me/experiments/1"))  # as of submitit_pretrain.py
+    torch.save({"model": weights, "args": args}, tmp_path / "training.pth")
     import_run(tmp_path / "training.pth", "official", tmp_path / "run", {"enc_heads": 4, "dec_heads": 3})
     torch.save({"model": weights, "args": subprocess.Popen}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil.pth: cannot be read as weights: .*never loaded"):
@@ -173,6 +175,62 @@ def test_files_that_are_none(run, tmp_path):
     export(run, "official", tmp_path / "b.pth")
     with pytest.raises(UserError, match=r"b.pth: convert: .*keys are not of the huggingface layout.*really --from"):
         import_run(tmp_path / "b.pth", "huggingface", tmp_path / "run", {})
+
+
+@pytest.mark.parametrize("how", ["bit", "cut"])
+def test_damaged_weights_are_not_exported(tmp_path, how):
+    run = make(tmp_path)
+    with (newest_of(run) / "model.safetensors").open("r+b") as file:
+        if how == "cut":
+            file.truncate(1000)
+        else:
+            file.seek(-1, 2)
+            file.write(b"\x7f")
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*model.safetensors.* put back a copy"):
+        export(run, "timm", tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_the_commit_is_read_from_a_journal_that_a_crash_tore(tmp_path):
+    run = make(tmp_path)
+    start = {"kind": "start", "tags": {"mlflow.source.git.commit": "c0ffee"}}
+    (run / "journal.jsonl").write_text(f'{json.dumps(start)}\n{{"kind": "metr\n{{"kind": "sta')
+    export(run, "timm", tmp_path / "a.safetensors")
+    assert "trained at commit | c0ffee" in (tmp_path / "a.md").read_text()
+
+
+@pytest.mark.parametrize("missing", ["image_mean", "image_std"])
+def test_pixels_of_which_nothing_is_said_are_imagenets(run, tmp_path, missing):
+    export(run, "huggingface", tmp_path / "there")
+    path = tmp_path / "there" / "preprocessor_config.json"
+    said = json.loads(path.read_text())
+    del said[missing]
+    path.write_text(json.dumps(said))
+    notes = import_run(tmp_path / "there", "huggingface", tmp_path / "back", {})
+    assert len(notes) == 1 and notes[0].startswith(f"preprocessor_config.json has no {missing}: the default mean")
+    data = load_config(newest_of(tmp_path / "back")).data
+    assert (data.mean, data.std) == (DataConfig().mean, DataConfig().std)
+
+
+@torch.no_grad()
+def test_a_backbone_gives_the_encoders_own_feature_maps(run, tmp_path):
+    """As the README makes it: at the size of its training, and at others."""
+    export(run, "timm", tmp_path / "encoder.safetensors")
+    made = {
+        "features_only": True, "out_indices": (0, 1), "dynamic_img_size": True, "pretrained": True,
+        "pretrained_cfg_overlay": {"file": str(tmp_path / "encoder.safetensors")},
+    }  # fmt: skip
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    mae, images = load(run), torch.randn(2, 3, 32, 32)
+    backbone = timm.create_model("vit_base_patch16_224", img_size=32, **sizes, **made).eval()
+    tokens = mae.encoder.norm_pre(mae.encoder._pos_embed(mae.encoder.patch_embed(images)))
+    maps = backbone(images)
+    for block, found in zip(mae.encoder.blocks, maps, strict=True):
+        tokens = block(tokens)
+        torch.testing.assert_close(found, tokens[:, 1:].mT.unflatten(2, (4, 4)))
+    large = timm.create_model("vit_base_patch16_224", img_size=64, **sizes, **made).eval()
+    shapes = [[tuple(m.shape) for m in large(torch.randn(1, 3, *size))] for size in ((64, 64), (48, 96))]
+    assert shapes == [[(1, 48, 8, 8)] * 2, [(1, 48, 6, 12)] * 2]
 
 
 def test_a_classifier_is_left_out_and_named(run, tmp_path):
