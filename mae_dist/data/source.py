@@ -80,7 +80,13 @@ class ShardSource:
         try:
             return decode(data, self.channels, choose, self.decoder, self.max_pixels, self.least), label
         except Exception as error:  # decoders raise what they like for bad bytes
-            raise BadSample(self.store.where(shard, index), str(error)) from error
+            raise BadSample(self.store.where(shard, index), str(error), self._key(shard, index)) from error
+
+    def _key(self, shard: int, index: int) -> str:
+        try:
+            return self.store.key(shard, index)
+        except Exception:  # client libraries raise what they like, and a run goes on without a name
+            return ""
 
     def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
         if isinstance(self.store, RemoteStore):

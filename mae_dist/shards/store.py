@@ -12,6 +12,7 @@ from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
 from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
 
 OPEN_SHARDS = 1024  # mapped at once; the kernel allows about 65,000 mappings a process
 RANGES = 32  # samples of one shard that a process reads by ranges before it waits for the whole shard
@@ -41,6 +42,12 @@ class LocalStore:
         """Where a sample lies, for a message about it."""
         offset, length, _ = self._open(shard)[1][index].tolist()
         return f"{self.manifest.tar_path(shard)}: sample {index} (bytes {offset} to {offset + length})"
+
+    def key(self, shard: int, index: int) -> str:
+        """A sample's key; empty where the header before its bytes does not say it."""
+        data, table = self._open(shard)
+        offset = int(table[index, 0])
+        return key_in(data[offset - BLOCK : offset])
 
     def _open_shard(self, shard: int) -> tuple[mmap.mmap, NDArray[np.int64]]:
         with self.manifest.tar_path(shard).open("rb") as file:
@@ -93,6 +100,17 @@ class RemoteStore:
         offset, length, _ = self._table(shard)[index].tolist()
         return f"{self.manifest.place(shard)}: sample {index} (bytes {offset} to {offset + length})"
 
+    def key(self, shard: int, index: int) -> str:
+        """A sample's key; empty where the header before its bytes does not say it. May raise what clients do."""
+        whole = self.shards[shard]
+        if whole is None:
+            return self.local.key(shard, index)
+        offset = int(self._table(shard)[index, 0])
+        header = self.cache.read(whole, offset - BLOCK, BLOCK)
+        if header is None and self._may_range(whole, shard):
+            header = remote.read_range(whole.place, offset - BLOCK, offset)
+        return key_in(header or b"")
+
     def _may_range(self, whole: Wanted, shard: int) -> bool:
         return self.has_ranges and self.ranged[shard] < RANGES and not whole.place.startswith(remote.PIPE)
 
@@ -101,6 +119,18 @@ class RemoteStore:
         assert whole
         self.cache.touch(whole)
         return np.load(self.manifest.index_path(shard), mmap_mode="r")
+
+
+def key_in(header: bytes) -> str:
+    """The key of the file that a tar header is of: up to the first dot of its name, as for webdataset."""
+    if len(header) != BLOCK:  # a server without ranges sends the whole shard
+        return ""
+    try:
+        check_header(header, 1)
+    except BadTar:
+        return ""
+    folder, slash, name = own_name(header).rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 def wanted(manifest: Manifest) -> list[Wanted | None]:
