@@ -73,6 +73,7 @@ class Views:
     def fill(self, table: Table, images: Tensor) -> None:
         """Make (B, C, H, W) uint8 of the rows of a table, and fill in labels and times."""
         views = self.views(table[:, EPOCH], table[:, ID])
+        self.source.will_need(table[:: self.repeat, SHARD].tolist(), table[:: self.repeat, ROW].tolist())
         for first in range(0, len(table), self.repeat):
             rows = slice(first, first + self.repeat)
             position, epoch, shard, row, sample, _, _ = table[first].tolist()

@@ -9,7 +9,7 @@ import hashlib
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +125,9 @@ class ResampledSource:
             self._pictures.append(found)
         pixels, label = self._pictures[index]
         return cut(pixels, choose), label
+
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        pass
 
     def prefetcher(self, course: Course, behind: int) -> None:
         return None

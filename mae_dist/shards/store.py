@@ -3,6 +3,8 @@
 import mmap
 import resource
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +17,7 @@ from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
 
 OPEN_SHARDS = 1024  # mapped at once; the kernel allows about 65,000 mappings a process
+PAGE = mmap.PAGESIZE
 RANGES = 32  # samples of one shard that a process reads by ranges before it waits for the whole shard
 
 
@@ -37,6 +40,16 @@ class LocalStore:
         data, table = self._open(shard)
         offset, length, label = table[index].tolist()
         return data[offset : offset + length], label
+
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        """These samples are read next: the kernel may fetch what is not in memory, all side by side."""
+        for shard, index in zip(shards, indices, strict=True):
+            data, table = self._open(shard)
+            offset, length, _ = table[index].tolist()
+            start, end = offset // PAGE * PAGE, min(offset + length, len(data))
+            if start < end:
+                with suppress(OSError):  # only advice
+                    data.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def where(self, shard: int, index: int) -> str:
         """Where a sample lies, for a message about it."""
