@@ -9,6 +9,7 @@ import fcntl
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +17,21 @@ from numpy.typing import NDArray
 
 from mae_dist import rng
 from mae_dist.errors import UserError
-from mae_dist.shards.remote import read_range
 
 FILE_NAME = "bad_samples.jsonl"
 STAND_IN_STREAM = 0x7374616E
 TRIES = 16  # stand-ins asked, should they be bad too
 ALWAYS_ALLOWED = 10  # so that a bad image in a small data set stops nothing
 LISTED = 5  # in the message; the file has all
-TAR_BLOCK, TAR_NAME = 512, 100
 PLACE = re.compile(r"(?P<shard>.*): sample (?P<index>\d+) \(bytes (?P<offset>\d+) to (?P<end>\d+)\)", re.DOTALL)
 
 
 class BadSample(UserError):
-    """An image that cannot be decoded. `where`: shard, place and bytes, as the store says it."""
+    """An image that cannot be decoded. `where`: shard, place and bytes, as the store says it; `key`: if known."""
 
-    def __init__(self, where: str, reason: str):
+    def __init__(self, where: str, reason: str, key: str = ""):
         super().__init__(f"{where}: unreadable image: {reason}")
-        self.where, self.reason = where, reason
+        self.where, self.reason, self.key = where, reason, key
 
 
 def stand_ins(
@@ -55,15 +54,20 @@ def stand_ins(
 
 
 class BadSamples:
-    """The list of a run's bad samples, in `run_dir`, shared by all its processes. `fraction`: data.max_bad_fraction."""
+    """The list of a run's bad samples, in `run_dir`, shared by all its processes. `fraction`: data.max_bad_fraction.
 
-    def __init__(self, run_dir: Path, fraction: float):
-        self.path, self.fraction = run_dir / FILE_NAME, fraction
+    It is never cut back: a line holds the place in the stream of training samples where it was found, and counts once
+    training is past that, be it for the second time. What evaluations find has no such place and counts at once.
+    `different`: training samples in an epoch (None: not known); `evaluated`: samples that evaluations read.
+    """
+
+    def __init__(self, run_dir: Path, fraction: float, different: int | None = None, evaluated: int = 0):
+        self.path, self.fraction, self.different, self.evaluated = run_dir / FILE_NAME, fraction, different, evaluated
         self._known: set[str] = set()
-        self._size, self._count = 0, 0
+        self._size, self._found = 0, {}
 
-    def add(self, bad: BadSample, epoch: int, sample: int) -> None:
-        """Write a line for a bad sample that has none yet."""
+    def add(self, bad: BadSample, **found: int | str) -> None:
+        """Write a line for a bad sample that has none yet. `found`: what is known of it, `position` in training."""
         if bad.where in self._known:
             return
         self._known.add(bad.where)
@@ -71,30 +75,42 @@ class BadSamples:
         with self.path.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
             file.seek(0)
-            if any(known["where"] == bad.where for known in parsed(file)):
+            lines = file.readlines()
+            if any(known["where"] == bad.where for known in parsed(lines)):
                 return
-            line = {"where": bad.where, "error": bad.reason, "sample": sample, "epoch": epoch} | location(bad.where)
-            file.write(json.dumps(line) + "\n")
+            torn = bool(lines) and not lines[-1].endswith("\n")
+            line = {"where": bad.where, "error": bad.reason} | found | location(bad.where)
+            file.write("\n" * torn + json.dumps(line | ({"key": bad.key} if bad.key else {})) + "\n")
 
-    def count(self) -> int:
-        """Bad samples found so far by the whole run, each once; reads the file only when it has grown."""
+    def count(self, read: int | None = None) -> int:
+        """Bad samples found by evaluations and among the first `read` of training (None: any), each once.
+
+        So much at any number of ranks and after any restart. Reads the file only when it has grown.
+        """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != self._size:
-            self._size, self._count = size, len(self.path.read_text().splitlines())
-        return self._count
+            self._size, self._found = size, {}
+            for bad in self._lines():  # shards may have moved: then a sample has two lines
+                name = bad["sample"] if "sample" in bad and "position" in bad else bad["where"]
+                self._found[name] = min(bad.get("position", -1), self._found.get(name, bad.get("position", -1)))
+        return sum(read is None or position < read for position in self._found.values())
+
+    def _lines(self) -> Iterator[dict]:
+        return parsed(self.path.read_text().splitlines() if self.path.exists() else [])
 
     def check(self, found: int, read: int) -> None:
-        """Raise UserError, with the list, when `found` bad samples are too many for `read` samples read."""
+        """Raise UserError, with the list, when `found` bad samples are too many for `read` samples of training."""
+        reached = read
+        read = min(read, self.different or read) + self.evaluated
         if found <= self.allowed(read):
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        named = list(parsed(lines))[:LISTED]
+        named = list(islice((bad for bad in self._lines() if bad.get("position", -1) < reached), LISTED))
         listing = "; ".join(f"{bad['where']} {bad.get('key', '')}: {bad['error']}" for bad in named)
         more = f"; and {found - len(named)} more in {self.path}" if found > len(named) else f"; listed in {self.path}"
         raise UserError(
             f"{found} bad samples among {read} read, more than data.max_bad_fraction {self.fraction} allows "
             f"({self.allowed(read)}): {listing}{more}. Make these shards again, or allow more and go on: "
-            f"--data.max_bad_fraction {min(1.0, found / read * 2):.1g}"
+            f"--data.max_bad_fraction {min(1, found / read * 2):.1g}"
         )
 
     def allowed(self, read: int) -> int:
@@ -111,15 +127,10 @@ def parsed(lines: Iterable[str]) -> Iterator[dict]:
             continue
 
 
-def location(where: str) -> dict:
-    """Shard, index, offset and length in bytes, and the key, from the tar header; what is not found is left out."""
+def location(where: str) -> dict[str, int | str]:
+    """Shard, index, offset and length in bytes, out of what the store says."""
     match = PLACE.fullmatch(where)
     if not match:
         return {}
     offset, end = int(match["offset"]), int(match["end"])
-    found = {"shard": match["shard"], "index": int(match["index"]), "offset": offset, "length": end - offset}
-    try:
-        header = read_range(match["shard"], offset - TAR_BLOCK, offset)
-    except OSError:
-        return found
-    return found | {"key": header[:TAR_NAME].split(b"\0")[0].decode(errors="replace").rsplit(".", 1)[0]}
+    return {"shard": match["shard"], "index": int(match["index"]), "offset": offset, "length": end - offset}

@@ -1,6 +1,7 @@
 """The labels of a source, read from the indexes alone, and the part of a source that a few labels leave."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +69,13 @@ class SubsetSource:
         self.digest = f"{source.digest}-{hashlib.sha256(kept.tobytes()).hexdigest()[:8]}"
 
     def pixels(self, shard: int, index: int, choose: Choose = whole) -> tuple[NDArray[np.uint8], int]:
-        place = self.kept[self.begins[shard] + index] - self.first[shard]
-        return self.source.pixels(shard, int(place), choose)
+        return self.source.pixels(shard, self._place(shard, index), choose)
+
+    def _place(self, shard: int, index: int) -> int:
+        return int(self.kept[self.begins[shard] + index] - self.first[shard])
+
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        self.source.will_need(shards, [self._place(*at) for at in zip(shards, indices, strict=True)])
 
     def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
         return self.source.prefetcher(course, behind)

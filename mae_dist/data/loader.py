@@ -41,6 +41,7 @@ class Views:
     `lookup`: positions to samples. `views(epochs, samples)`: how samples are seen. `replace(epoch, position, sample)`:
     the positions to try in place of a bad one. `bad`: where bad samples are listed; None: the first raises BadSample.
     `repeat`: views of each sample, side by side, each as in an epoch of its own; they are read and decoded together.
+    `evaluates`: positions are none of training's.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Views:
         config: DataConfig,
         bad: BadSamples | None,
         repeat: int = 1,
+        evaluates: bool = False,
     ):
         self.source, self.lookup, self.views, self.replace = source, lookup, views, replace
-        self.size, self.config, self.bad, self.repeat = size, config, bad, repeat
+        self.size, self.config, self.bad, self.repeat, self.evaluates = size, config, bad, repeat, evaluates
         self.made, self.seconds = 0, 0.0  # images handed out, and the time that making them took
 
     def table(self, positions: Ints) -> Table:
@@ -71,6 +73,7 @@ class Views:
     def fill(self, table: Table, images: Tensor) -> None:
         """Make (B, C, H, W) uint8 of the rows of a table, and fill in labels and times."""
         views = self.views(table[:, EPOCH], table[:, ID])
+        self.source.will_need(table[:: self.repeat, SHARD].tolist(), table[:: self.repeat, ROW].tolist())
         for first in range(0, len(table), self.repeat):
             rows = slice(first, first + self.repeat)
             position, epoch, shard, row, sample, _, _ = table[first].tolist()
@@ -89,7 +92,7 @@ class Views:
     ) -> tuple[list[NDArray[np.uint8]], int]:
         if self.bad is None:
             raise error
-        self.bad.add(error, epoch, sample)
+        self.bad.add(error, sample=sample, epoch=epoch, **({} if self.evaluates else {"position": position}))
         others = self.lookup(self.replace(epoch, position, sample))
         for shard, row in zip(others.shard.tolist(), others.row.tolist(), strict=True):
             try:
@@ -249,5 +252,5 @@ def centred_batches(
     order = FileOrder(source.counts)
     views = partial(centre_views, size=size, config=config)
     others = partial(stand_ins, seed=0, num_samples=order.num_samples)
-    maker = Views(source, order.lookup, views, others, size, config, bad)
+    maker = Views(source, order.lookup, views, others, size, config, bad, evaluates=True)
     return _batches(maker, positions, config.workers, batch_size)

@@ -9,8 +9,8 @@ import hashlib
 import random
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mae_dist.data.augment import augment
-from mae_dist.data.bad import BadSamples
+from mae_dist.data.bad import BadSample, BadSamples
 from mae_dist.data.decode import cut, decode, whole
 from mae_dist.data.loader import Batch
 from mae_dist.data.options import DataConfig
@@ -36,7 +36,14 @@ NOTICE = (
     "resumed or repeated run sees other images. For exact epochs: mae-dist index, then data.mode exact"
 )
 
-Encoded = tuple[bytes, int]
+
+class Encoded(NamedTuple):
+    """An image as a shard holds it."""
+
+    shard: str
+    key: str
+    data: bytes
+    label: int
 
 
 class Patience:
@@ -61,8 +68,8 @@ class Patience:
             )
 
 
-def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Iterator[tuple[str, Encoded]]:
-    """Endless (where, (bytes, label)); `seed` None: the shards in their order, once, not shuffled."""
+def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Iterator[Encoded]:
+    """Endless; `seed` None: the shards in their order, once, not shuffled."""
     from webdataset.filters import shuffle
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -74,7 +81,9 @@ def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Ite
             try:
                 with remote.open_stream(url) as stream:
                     yield {"url": url, "stream": stream}
-            except OSError as error:
+            except UserError:
+                raise
+            except Exception as error:  # client libraries raise what they like
                 patience(error)
 
     files = tar_file_expander(streams(), handler=patience)
@@ -84,7 +93,7 @@ def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Ite
         if data is None:
             patience.lose()
         else:
-            yield f"{sample['__url__']}: {sample['__key__']}", (data, integer_label(sample))
+            yield Encoded(sample["__url__"], sample["__key__"], data, integer_label(sample))
 
 
 class ResampledSource:
@@ -117,19 +126,26 @@ class ResampledSource:
         pixels, label = self._pictures[index]
         return cut(pixels, choose), label
 
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        pass
+
     def prefetcher(self, course: Course, behind: int) -> None:
         return None
 
     def counts_read(self) -> dict[str, int]:
         return {}
 
-    def images(self, patience: Patience, seed: str | None) -> Iterator[tuple[NDArray[np.uint8], int]]:
-        """Decoded images, (H, W, C) uint8, and labels; those that cannot be decoded are said and left out."""
-        for where, (data, label) in encoded_images(self.urls, patience, seed):
+    def images(
+        self, patience: Patience, seed: str | None, listed: Callable[[BadSample, str], None] = lambda bad, shard: None
+    ) -> Iterator[tuple[NDArray[np.uint8], int]]:
+        """Decoded images, (H, W, C) uint8, and labels; those that cannot be decoded are said, `listed` and left out."""
+        for shard, key, data, label in encoded_images(self.urls, patience, seed):
             try:
                 pixels = decode(data, self.channels, whole, self.config.decoder, self.config.max_pixels)
             except Exception as error:  # decoders raise what they like for bad bytes
-                patience(ValueError(f"{where}: unreadable image: {error}"))
+                bad = BadSample(f"{shard}: {key}", str(error), key)
+                listed(bad, shard)
+                patience(bad)
                 continue
             patience.in_row = 0
             yield pixels, label
@@ -145,14 +161,20 @@ class Views(IterableDataset):
         worker, stream = get_worker_info(), self.stream
         here, all_here = (worker.id, worker.num_workers) if worker else (0, 1)
         process, processes = stream.rank * all_here + here, stream.world_size * all_here
-        images = stream.source.images(Patience(stream.source.pattern), f"{stream.seed} {stream.start} {process}")
         first = stream.start * stream.global_batch_size + process
         count = stream.global_batch_size // stream.world_size // stream.accumulate
+
+        def listed(bad: BadSample, shard: str) -> None:
+            if stream.bad:
+                stream.bad.add(bad, position=first, shard=shard)
+
+        seed = f"{stream.seed} {stream.start} {process}"
+        images = stream.source.images(Patience(stream.source.pattern), seed, listed)
         try:
             while True:
                 ids = torch.arange(count) * processes + first
-                first += count * processes
                 pairs = [next(images) for _ in range(count)]
+                first += count * processes
                 views = [
                     augment(pixels, 0, sample, stream.size, stream.config, stream.seed)
                     for (pixels, _), sample in zip(pairs, ids.tolist(), strict=True)
@@ -188,11 +210,11 @@ class ResampledStream:
         bad: BadSamples | None = None,
         node: range | None = None,
     ):
-        """As `ImageStream`. What cannot be read is said and left out: `bad` stays empty. Nothing is fetched ahead."""
+        """As `ImageStream`, but a bad image is left out, and listed in `bad`. Nothing is fetched ahead."""
         assert isinstance(source, ResampledSource)
         self.source, self.size, self.config, self.seed = source, size, config, seed
         self.global_batch_size, self.accumulate, self.start = global_batch_size, accumulate, start
-        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.rank, self.world_size, self.pin_memory, self.bad = rank, world_size, pin_memory, bad
 
     def __iter__(self) -> Iterator[Batch]:
         if self.rank == 0:

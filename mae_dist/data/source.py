@@ -1,6 +1,6 @@
 """Where pixels come from: shards, or torchvision's FakeData. Both are a number of samples in each of some shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from mae_dist.shards.cache import Cache
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.mirror import load_manifest
 from mae_dist.shards.prefetch import Course, Prefetcher
-from mae_dist.shards.store import RemoteStore, open_store
+from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 
 Choose = Callable[[int, int], Box]
 
@@ -37,6 +37,10 @@ class Source(Protocol):
 
         Raises BadSample for an unreadable image.
         """
+        ...
+
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        """These samples are asked for next."""
         ...
 
     def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
@@ -80,7 +84,17 @@ class ShardSource:
         try:
             return decode(data, self.channels, choose, self.decoder, self.max_pixels, self.least), label
         except Exception as error:  # decoders raise what they like for bad bytes
-            raise BadSample(self.store.where(shard, index), str(error)) from error
+            raise BadSample(self.store.where(shard, index), str(error), self._key(shard, index)) from error
+
+    def _key(self, shard: int, index: int) -> str:
+        try:
+            return self.store.key(shard, index)
+        except Exception:  # client libraries raise what they like, and a run goes on without a name
+            return ""
+
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        if isinstance(self.store, LocalStore):
+            self.store.will_need(shards, indices)
 
     def prefetcher(self, course: Course, behind: int) -> Prefetcher | None:
         if isinstance(self.store, RemoteStore):
@@ -109,6 +123,9 @@ class FakeSource:
         image, label = self.data[index]
         pixels = np.array(image)
         return cut(pixels if pixels.ndim == 3 else pixels[..., None], choose), int(label)
+
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        pass
 
     def prefetcher(self, course: Course, behind: int) -> None:
         return None

@@ -154,7 +154,7 @@ def prepare(
         if world.is_main:
             print(f"{t.run_dir}: complete, {start} of {total} steps; for another write --train.name NAME")
         return None
-    bad = BadSamples(t.run_dir, config.data.max_bad_fraction)
+    bad = BadSamples(t.run_dir, config.data.max_bad_fraction, num_samples)
     stream = ImageStream(
         source, merged.model.height_width, config.data, t.seed, batch, accumulate, start, world.rank, world.size,
         pin_memory=world.device.type == "cuda", bad=bad, node=world.node, views=views,
@@ -199,13 +199,14 @@ def fit(session: Session, journal: Journal | None) -> None:
         feed.waited, session.stop.begun = 0.0, True
         done, last = k + 1, k + 1 == session.total
         if last or done % config.log_every == 0:
-            found, rate = session.bad.count(), session.stream.worker_rate()
+            read = done * config.global_batch_size
+            found, rate = session.bad.count(read), session.stream.worker_rate()
             reading = meters.sync(session.schedule.lr(k), done / epoch_steps, found, rate)
             if journal:
                 journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
                 progress.show(done, reading.metrics)
             check_skipped(reading.skipped_in_row, config.max_skipped, done)
-            session.bad.check(reading.bad_samples, min(done * config.global_batch_size, session.num_samples))
+            session.bad.check(reading.bad_samples, read)
         began = time.perf_counter()
         if last or done % config.eval_every == 0:
             scores = accuracy(session)

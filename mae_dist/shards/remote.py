@@ -31,7 +31,7 @@ def join(directory: str, name: str) -> str:
 
 
 def open_stream(place: str) -> IO[bytes]:
-    """Read from the start. Raises OSError (FileNotFoundError among them) when there is nothing."""
+    """Read from the start. Raises what clients do when there is nothing, often OSError."""
     if place.startswith(PIPE):
         return io.BufferedReader(_Piped(place[len(PIPE) :]), 1 << 20)
     system, path = _system(place)
@@ -39,7 +39,10 @@ def open_stream(place: str) -> IO[bytes]:
 
 
 def read_range(place: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) without reading what lies before. Raises OSError; a `pipe:` has no ranges."""
+    """Bytes [start, end) without reading what lies before. Raises what clients do, often OSError.
+
+    A `pipe:` has no ranges; of a server without any the whole file comes: look at the length.
+    """
     if place.startswith(PIPE):
         raise OSError(f"{place}: a command has no ranges to read")
     system, path = _system(place)

@@ -3,6 +3,8 @@
 import mmap
 import resource
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -12,8 +14,10 @@ from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
 from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
 
 OPEN_SHARDS = 1024  # mapped at once; the kernel allows about 65,000 mappings a process
+PAGE = mmap.PAGESIZE
 RANGES = 32  # samples of one shard that a process reads by ranges before it waits for the whole shard
 
 
@@ -37,10 +41,26 @@ class LocalStore:
         offset, length, label = table[index].tolist()
         return data[offset : offset + length], label
 
+    def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        """These samples are read next: the kernel may fetch what is not in memory, all side by side."""
+        for shard, index in zip(shards, indices, strict=True):
+            data, table = self._open(shard)
+            offset, length, _ = table[index].tolist()
+            start, end = offset // PAGE * PAGE, min(offset + length, len(data))
+            if start < end:
+                with suppress(OSError):  # only advice
+                    data.madvise(mmap.MADV_WILLNEED, start, end - start)
+
     def where(self, shard: int, index: int) -> str:
         """Where a sample lies, for a message about it."""
         offset, length, _ = self._open(shard)[1][index].tolist()
         return f"{self.manifest.tar_path(shard)}: sample {index} (bytes {offset} to {offset + length})"
+
+    def key(self, shard: int, index: int) -> str:
+        """A sample's key; empty where the header before its bytes does not say it."""
+        data, table = self._open(shard)
+        offset = int(table[index, 0])
+        return key_in(data[offset - BLOCK : offset])
 
     def _open_shard(self, shard: int) -> tuple[mmap.mmap, NDArray[np.int64]]:
         with self.manifest.tar_path(shard).open("rb") as file:
@@ -93,6 +113,17 @@ class RemoteStore:
         offset, length, _ = self._table(shard)[index].tolist()
         return f"{self.manifest.place(shard)}: sample {index} (bytes {offset} to {offset + length})"
 
+    def key(self, shard: int, index: int) -> str:
+        """A sample's key; empty where the header before its bytes does not say it. May raise what clients do."""
+        whole = self.shards[shard]
+        if whole is None:
+            return self.local.key(shard, index)
+        offset = int(self._table(shard)[index, 0])
+        header = self.cache.read(whole, offset - BLOCK, BLOCK)
+        if header is None and self._may_range(whole, shard):
+            header = remote.read_range(whole.place, offset - BLOCK, offset)
+        return key_in(header or b"")
+
     def _may_range(self, whole: Wanted, shard: int) -> bool:
         return self.has_ranges and self.ranged[shard] < RANGES and not whole.place.startswith(remote.PIPE)
 
@@ -101,6 +132,18 @@ class RemoteStore:
         assert whole
         self.cache.touch(whole)
         return np.load(self.manifest.index_path(shard), mmap_mode="r")
+
+
+def key_in(header: bytes) -> str:
+    """The key of the file that a tar header is of: up to the first dot of its name, as for webdataset."""
+    if len(header) != BLOCK:  # a server without ranges sends the whole shard
+        return ""
+    try:
+        check_header(header, 1)
+    except BadTar:
+        return ""
+    folder, slash, name = own_name(header).rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 def wanted(manifest: Manifest) -> list[Wanted | None]:

@@ -33,8 +33,6 @@ class Run:
     engine: Engine
     stream: ImageStream | ResampledStream
     bad: BadSamples
-    num_samples: int
-    """In an epoch."""
     accumulate: int
     start: int
     """Updates already done."""
@@ -86,15 +84,15 @@ def train(run: Run) -> None:
         if k == run.start + 1:  # every rank is through its first step, and what that compiled
             run.world.set_timeout(config.timeout)
         if last or done % config.log_every == 0:
-            found, rate = run.bad.count(), run.stream.worker_rate()
+            read = done * config.global_batch_size // run.config.data.repeated_aug
+            found, rate = run.bad.count(read), run.stream.worker_rate()
             reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, found, rate, run.saver.due)
             if run.journal:
                 counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
                 progress.show(done, reading.metrics)
             check_skipped(reading.skipped_in_row, config.max_skipped, done)
-            read = done * config.global_batch_size // run.config.data.repeated_aug
-            run.bad.check(reading.bad_samples, min(read, run.num_samples))
+            run.bad.check(reading.bad_samples, read)
             run.saver.report()
             due = reading.save_due
         began = time.perf_counter()

@@ -25,14 +25,14 @@ from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.goodput import goodput
 from mae_dist.train.health import Health
-from mae_dist.train.knn import KNN, KnnWatch
+from mae_dist.train.knn import IMAGES, KNN, KnnWatch
 from mae_dist.train.loop import Run, train
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
 from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, open_journal, unmeasured
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Stopped, StopRequest
-from mae_dist.train.validate import PICTURE, Validation
+from mae_dist.train.validate import PICTURE, PICTURED, Validation
 from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
 
 
@@ -96,7 +96,7 @@ def _train(
             print(f"{run_dir}: complete, {start} of {total} steps; for another run write --train.name NAME")
         return
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
-    bad = BadSamples(run_dir, config.data.max_bad_fraction)
+    bad = bad_samples(config, *sources)
     micro = batch // world.size // accumulate
     validation = Validation(config, sources[1], sources[0], micro, world, bad)
     knn = KnnWatch(config, *sources, micro, epoch_steps, world, bad) if config.train.knn_every else None
@@ -112,7 +112,6 @@ def _train(
         engine=engine,
         stream=open_stream(config, sources[0], world, accumulate, start, bad),
         bad=bad,
-        num_samples=num_samples,
         accumulate=accumulate,
         start=start,
         total_steps=total,
@@ -130,6 +129,15 @@ def _train(
         evaluate_first=[what for name, what in again.items() if what and name in missing],
     )
     _train_and_report(run)
+
+
+def bad_samples(config: Config, train: Source, held_out: Source | None) -> BadSamples:
+    """The list of a run. Its evaluations read the held-out images, or one picture's, and those that vote in k-NN."""
+    count = int(train.counts.sum())
+    evaluated = int(held_out.counts.sum()) if held_out else PICTURED
+    evaluated += min(IMAGES, count) if config.train.knn_every else 0
+    different = count if config.data.mode == "exact" else None  # a list's length is only said to be so
+    return BadSamples(config.train.run_dir, config.data.max_bad_fraction, different, evaluated)
 
 
 def open_stream(

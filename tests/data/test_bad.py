@@ -129,7 +129,7 @@ def test_each_bad_sample_is_listed_once_with_shard_key_and_offset(shards, tmp_pa
 def _add_many(run_dir, first):
     listed = BadSamples(run_dir, 0)
     for i in range(40):
-        listed.add(BadSample(f"shard: sample {(first + i) % 40} (bytes 0 to 9)", "broken"), 0, i)
+        listed.add(BadSample(f"shard: sample {(first + i) % 40} (bytes 0 to 9)", "broken"), sample=i)
 
 
 def test_many_processes_list_each_once(tmp_path):
@@ -146,9 +146,10 @@ def test_many_processes_list_each_once(tmp_path):
 
 def test_a_torn_line_stops_nothing(tmp_path):
     listed = BadSamples(tmp_path, 1e-4)
-    (tmp_path / "bad_samples.jsonl").write_text('{"where": "x: sam\n')
-    listed.add(BadSample("shard: sample 1 (bytes 0 to 9)", "broken"), 0, 1)
-    assert listed.count() == 2
+    (tmp_path / "bad_samples.jsonl").write_text('{"where": "x: sam')
+    for _ in range(2):
+        BadSamples(tmp_path, 1e-4).add(BadSample("shard: sample 1 (bytes 0 to 9)", "broken"), sample=1)
+    assert listed.count() == 1
     with pytest.raises(UserError, match="sample 1"):
         listed.check(20, 100)
 
@@ -160,6 +161,46 @@ def test_the_limit(tmp_path):
     BadSamples(tmp_path, 1e-4).check(100, 10**6)
     with pytest.raises(UserError, match="101 bad samples among 1000000 read"):
         BadSamples(tmp_path, 1e-4).check(101, 10**6)
+
+
+def test_what_an_earlier_attempt_or_an_evaluation_found_is_no_false_stop(tmp_path):
+    """40 of the first 1000 are bad; killed without a checkpoint, training reaches them again."""
+    before = BadSamples(tmp_path, 0.05)
+    for i in range(40):
+        before.add(BadSample(f"shard: sample {i} (bytes 0 to 9)", "broken"), sample=i, epoch=0, position=25 * i)
+    again = BadSamples(tmp_path, 0.05, different=2000)
+    assert [again.count(read) for read in (0, 1, 100, 101, 10**6)] == [0, 1, 4, 5, 40]
+    for read in (8, 100, 1000, 10**6):
+        again.check(again.count(read), read)
+    for i in range(15):  # of 400 held-out images, all found at the first evaluation
+        again.add(BadSample(f"held-out: sample {i} (bytes 0 to 9)", "broken"), sample=i, epoch=0)
+    assert again.count(8) == 16
+    with pytest.raises(UserError, match=r"16 bad samples among 8 read.*held-out: sample 0"):
+        again.check(16, 8)
+    BadSamples(tmp_path, 0.05, different=2000, evaluated=400).check(16, 8)
+
+
+def test_samples_of_shards_that_moved_count_once(tmp_path):
+    for place, epoch in (("old", 0), ("new", 1)):
+        bad = BadSample(f"{place}/shard: sample 7 (bytes 0 to 9)", "broken")
+        BadSamples(tmp_path, 0).add(bad, sample=7, epoch=epoch, position=7 + 100 * epoch)
+    assert BadSamples(tmp_path, 0).count() == 1 == BadSamples(tmp_path, 0).count(8)
+
+
+def test_the_advice_is_a_share(tmp_path):
+    with pytest.raises(UserError, match=r"--data.max_bad_fraction 1$"):
+        BadSamples(tmp_path, 1e-4).check(20, 20)
+
+
+def test_naming_a_bad_sample_kills_nothing(shards, tmp_path, monkeypatch):
+    source = open_sources(DataConfig(shards=str(corrupt(shards, tmp_path / "shards", [3]))), SIZE, 3)[0]
+
+    def unavailable(shard, index):
+        raise RuntimeError("503, of a client whose errors are no OSError")
+
+    monkeypatch.setattr(source.store, "key", unavailable)
+    with pytest.raises(BadSample, match=r"sample 3 .*unreadable"):
+        source.pixels(0, 3)
 
 
 def test_where_nothing_is_readable_the_run_ends(shards, tmp_path):

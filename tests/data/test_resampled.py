@@ -1,24 +1,26 @@
 """`data.mode: webdataset`: batches of the same shape from shards that have no index, and no promise beyond that."""
 
 import hashlib
+import json
 import tarfile
 from itertools import islice
 
 import pytest
 import torch
 
-from mae_dist.data import DataConfig, open_sources
+from mae_dist.data import BadSamples, DataConfig, open_sources
 from mae_dist.data.resampled import NOTICE, ResampledStream
 from mae_dist.errors import UserError
+from mae_dist.shards import remote
 from tests.conftest import TINY, losses, mae_dist
 
 SIZE = (16, 16)
 
 
-def stream(pattern, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0, **more) -> ResampledStream:
+def stream(pattern, start=0, rank=0, world_size=1, workers=0, bad=None, **more) -> ResampledStream:
     config = DataConfig(shards=str(pattern), mode="webdataset", epoch_size=46, workers=workers, **more)
     source, _ = open_sources(config, SIZE, 3)
-    return ResampledStream(source, SIZE, config, 0, 24, 2, start, rank, world_size)
+    return ResampledStream(source, SIZE, config, 0, 24, 2, start, rank, world_size, bad=bad)
 
 
 def pictures(batch) -> set[str]:
@@ -47,13 +49,19 @@ def test_ranks_and_restarts_see_other_images(shards):
     assert not pictures(first) & pictures(other) and not pictures(first) & pictures(later)
 
 
-def test_what_is_broken_is_said_and_left_out(shards, tmp_path, capfd):
-    """A missing shard, a shard cut inside an image, an image of zeros: the rest goes on."""
+def zeroed(shards) -> tuple[bytes, tarfile.TarInfo]:
+    """A shard with an image of zeros, and which that is."""
     whole = (shards / "train-00000.tar").read_bytes()
     with tarfile.open(shards / "train-00000.tar") as tar:
         member = tar.getmembers()[3]
-    zeroed = whole[: member.offset_data] + b"\0" * member.size + whole[member.offset_data + member.size :]
-    (tmp_path / "0.tar").write_bytes(zeroed)
+    return whole[: member.offset_data] + b"\0" * member.size + whole[member.offset_data + member.size :], member
+
+
+def test_what_is_broken_is_said_and_left_out(shards, tmp_path, capfd):
+    """A missing shard, a shard cut inside an image, an image of zeros: the rest goes on."""
+    whole = (shards / "train-00000.tar").read_bytes()
+    content, member = zeroed(shards)
+    (tmp_path / "0.tar").write_bytes(content)
     (tmp_path / "1.tar").write_bytes(whole[: member.offset_data + 5])
     batches = list(islice(stream(tmp_path / "{0..2}.tar"), 20))
     assert len(batches) == 20
@@ -61,6 +69,48 @@ def test_what_is_broken_is_said_and_left_out(shards, tmp_path, capfd):
     assert "2.tar" in said and "FileNotFoundError" in said
     assert f"0.tar: {member.name.removesuffix('.jpg')}: unreadable image" in said
     assert "1.tar" in said
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_listed_and_counted(shards, tmp_path, workers):
+    content, member = zeroed(shards)
+    (tmp_path / "0.tar").write_bytes(content)
+    bad = BadSamples(tmp_path / "run", 1e-4)
+    list(islice(stream(tmp_path / "0.tar", workers=workers, bad=bad), 4))
+    (line,) = map(json.loads, bad.path.read_text().splitlines())
+    assert line["shard"] == str(tmp_path / "0.tar") and line["key"] == member.name.removesuffix(".jpg")
+    assert bad.count(0) == 0 and bad.count(48 * (1 + workers)) == 1
+
+
+def test_what_a_client_raises_at_opening_is_said_and_left_out(shards, monkeypatch, capfd):
+    """Every other connection fails, with an error of its library's own; a place that nothing can read ends the run."""
+    opened, real = [], remote.open_stream
+
+    def flaky(place):
+        opened.append(place)
+        if len(opened) % 2:
+            raise RuntimeError("503")
+        return real(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "open_stream", flaky)
+        assert len(list(islice(stream(shards / "train-00000.tar"), 4))) == 4
+    assert "left out: RuntimeError: 503" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"nowhere://a\.tar: "):
+        next(iter(stream("nowhere://a.tar")))
+
+
+@pytest.mark.dist
+def test_too_many_bad_images_stop_the_run(shards, tmp_path):
+    (tmp_path / "0.tar").write_bytes(zeroed(shards)[0])
+    (tmp_path / "1.tar").write_bytes((shards / "train-00001.tar").read_bytes())
+    done = mae_dist(
+        "pretrain", *TINY, f"--data.shards={tmp_path}/{{0..1}}.tar", "--data.mode=webdataset", "--train.epochs=1",
+        f"--train.runs_dir={tmp_path}", "--train.global_batch_size=8", "--train.steps=6", "--data.max_bad_fraction=0",
+        "--data.epoch_size=48", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "1 bad samples among" in done.stderr and f"{tmp_path}/0.tar: class_" in done.stderr
 
 
 @pytest.mark.parametrize("pattern", ["{tmp}/none-{{0..3}}.tar", "pipe:exit 3", "pipe:cat {tmp}/texts.tar"])

@@ -16,6 +16,8 @@ from fsspec.config import conf, set_conf_env
 
 from mae_dist.cli import COMMANDS
 from mae_dist.data import DataConfig, ImageStream, open_sources
+from mae_dist.data import source as data_source
+from mae_dist.data.bad import BadSample
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest, SampleOrder, download, prefetch, store
 from mae_dist.shards.prefetch import Course
@@ -79,6 +81,24 @@ def test_two_epochs_from_a_web_server_are_those_of_local_shards(shards, tmp_path
     assert_same(found, take(iter(stream(shards)), 4))
     assert sorted(found[0][:46].tolist()) == sorted(found[0][46:].tolist()) == list(range(46))
     batches.close()
+    server.stop()
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_a_bad_sample_is_named_by_its_own_key_or_by_none(shards, tmp_path, ranges, monkeypatch):
+    """Whatever a server does: an answer of the whole shard is not taken for a header, an error is none of the run's."""
+    monkeypatch.setattr(data_source, "decode", lambda *_: 1 / 0)
+    key = open_sources(DataConfig(shards=str(shards)), SIZE, 3)[0].store.key(0, 3)
+    server = HTTPServer(shards, ranges)
+    source = open_sources(DataConfig(shards=server.url, cache_dir=str(tmp_path / "cache")), SIZE, 3)[0]
+    assert source.store.key(0, 3) == (key if ranges else "")
+    with pytest.raises(BadSample) as found:
+        source.pixels(0, 3)
+    assert found.value.key == key and key.startswith("class_")
+    server.faults["train-00000.tar"] = ["", "error"]  # as ranges: the sample, then its header
+    with pytest.raises(BadSample) as found:
+        source.pixels(0, 3)
+    assert found.value.key == ("" if ranges else key)
     server.stop()
 
 
