@@ -10,6 +10,7 @@ import pytest
 
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest
+from mae_dist.shards.inputs import recognise
 from mae_dist.shards.store import LocalStore
 from mae_dist.shards.write import shard
 from tests.conftest import write_images
@@ -212,3 +213,37 @@ def test_the_shuffle_is_one_of_all_images(tmp_path):
     for i in range(3):
         counts = np.bincount(np.load(manifest.index_path(i))[:, 2], minlength=3)
         assert (abs(counts - 100 / 3) < 5 * np.sqrt(100 / 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["train/cat/a.jpg", "val/cat/a.jpg"], r"holds the splits train, val, not class folders; .* '.*/in/train'"),
+        (["train/cat/a.jpg", "meta/x.txt"], r"holds the split train, not class folders; .*/in/train'"),
+        (["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"], r"holds the splits train, val; .*\*train\*\.tar'"),
+        (["train-0.tar", "val-0.tar"], "holds the splits train, val;"),
+        (["train-0.tar", "test-0.tar"], "holds the splits train, test;"),
+    ],
+)
+def test_splits_side_by_side_are_not_mixed(tmp_path, names, says):
+    for name in names:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".tar":
+            tar_of(path, {f"{path.stem}.jpg": b"x"})
+        else:
+            path.touch()
+    with pytest.raises(UserError, match=says):
+        recognise(str(tmp_path / "in"))
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path):
+    for name in ("car", "train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    assert recognise(str(tmp_path)).classes == ["car", "train", "val"]
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in ("train-interval-0.tar", "train-interval-1.tar"):
+        tar_of(tars / name, {f"{name}.jpg": b"x"})
+    assert len(recognise(str(tars)).containers) == 2
