@@ -5,7 +5,6 @@ that comes back later in the same shard, or two files of one name.
 """
 
 import json
-import multiprocessing
 import re
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
+from mae_dist.shards.processes import in_order
 from mae_dist.shards.tar import BadTar, Digested, Member, members
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -150,7 +150,7 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     out.mkdir(parents=True, exist_ok=True)
     progress = out / f".index-{sha256(chr(0).join(places).encode()).hexdigest()[:16]}.jsonl"
     done = recorded(progress)
-    scans = each([place for place in places if place not in done], workers)
+    scans = in_order(scan_or_say, [place for place in places if place not in done], workers)
     shards, without, bad = [], 0, []
     with progress.open("w") as record:
         record.writelines(json.dumps([asdict(shard), lacking]) + "\n" for shard, lacking in done.values())
@@ -191,17 +191,11 @@ def resized(place: str, num_bytes: int) -> bool:
         return True
 
 
-def each(places: Sequence[str], workers: int) -> Iterator[Scan | str]:
-    """The scan of each shard, in order, or what is wrong with it."""
-    if workers <= 1 or len(places) == 1:
-        yield from map(scan_or_say, places)
-        return
-    with multiprocessing.get_context("forkserver").Pool(min(workers, len(places))) as pool:
-        yield from pool.imap(scan_or_say, places)
-
-
 def scan_or_say(place: str) -> Scan | str:
-    """A remote shard has a few chances: connections break, also in the middle."""
+    """The scan of a shard, or what is wrong with it.
+
+    A remote shard has a few chances: connections break, also in the middle.
+    """
     said = ""
     for pause in (*PAUSES, 0) if remote.is_remote(place) else (0,):
         try:
