@@ -59,6 +59,9 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
     # Two starts may write the same shard at once, from two machines: the same bytes under names of their own.
     unfinished = aside / "plan" / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
     items = plan.items(shard)
+    done_path(aside, plan, shard).unlink(
+        missing_ok=True
+    )  # made again, its images mended: the record would be of others
     try:
         with unfinished.open("wb") as file:
             rows, bad = fill(file, plan, reader, items)

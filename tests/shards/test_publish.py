@@ -95,14 +95,16 @@ def test_the_manifest_is_uploaded_last(memory, images, tmp_path, monkeypatch):
     assert names[-1] == "manifest.json" and len(names) == len(set(names)) >= 4
 
 
-def test_a_bad_image_leaves_nothing_remote_either(memory, images, tmp_path):
+def test_a_bad_image_leaves_what_is_uploaded_to_go_on_from(memory, images, tmp_path):
     (tmp_path / "in").mkdir()
     for i, path in enumerate(sorted(images.rglob("*.jpg"))):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(path.read_bytes() if i != 20 else b"")
-    with pytest.raises(UserError, match=r"20\.jpg"):
+    with pytest.raises(UserError, match=r"20\.jpg.* the same command then goes on"):
         shard(tmp_path / "in", memory, shard_size=3, aside=tmp_path / "aside")
-    assert not fsspec.filesystem("memory").find("/out")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert "manifest.json" not in remote_content(memory)
+    assert shard(tmp_path / "in", memory, shard_size=3, aside=tmp_path / "aside", max_bad=1).num_samples == 45
+    shard(tmp_path / "in", tmp_path / "undisturbed", shard_size=3, max_bad=1)
+    assert remote_content(memory) == {p.name: p.read_bytes() for p in (tmp_path / "undisturbed").iterdir()}
 
 
 def test_a_hiccup_of_the_server_is_tried_again(memory, tmp_path, monkeypatch):

@@ -158,11 +158,41 @@ def test_too_many_bad_images_in_a_part_leave_the_other_parts_their_work(images, 
     shutil.copytree(images, copy)
     for path in copy.rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(UserError, match=r"unreadable image .*--max-bad N; what is written stays in .*out.partial"):
+    with pytest.raises(
+        UserError, match=r"\d+ unreadable images: .*--max-bad N .* finished shards stay in .*out.partial"
+    ):
         shard(copy, tmp_path / "out", shard_size=10, part=(1, 2), max_bad=3)
     with pytest.raises(UserError, match="none of the 46 images is readable"):
         shard(copy, tmp_path / "out", shard_size=10, max_bad=100)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_after_too_many_bad_images_the_same_command_goes_on(images, tmp_path, mended):
+    """With a higher --max-bad, or with the images mended: the bytes of a run that nothing disturbed."""
+    copy, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(images, copy)
+    bad = [copy / "class_0" / f"{i:03d}.jpg" for i in range(5)]
+    for path in bad:
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"\d+ unreadable images?: .*/in/class_0/00\d.jpg: .*--max-bad N"):
+        shard(copy, out, shard_size=2)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial" / "shards").glob("*.tar")}
+    listed = (tmp_path / "out.partial" / "bad_images.txt").read_text()
+    assert kept and "/in/class_0/00" in listed
+    if mended:
+        for path in bad:
+            shutil.copy(images / "class_0" / path.name, path)
+    shard(copy, out, shard_size=2, max_bad=0 if mended else 5)
+    if mended:
+        shard(images, tmp_path / "undisturbed", shard_size=2)
+    else:
+        shard(copy, tmp_path / "undisturbed", shard_size=2, max_bad=5)
+        assert all((out / path.name).stat().st_mtime_ns == written for path, written in kept.items())
+    found, expected = content(out), content(tmp_path / "undisturbed")
+    found.pop("recipe.json"), expected.pop("recipe.json")  # says where the images lay
+    assert found == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
 
 
 def test_without_a_terminal_progress_is_json_lines(images, tmp_path):
