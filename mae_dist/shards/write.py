@@ -25,7 +25,7 @@ from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
-from mae_dist.shards.publish import is_empty, make_directory, read_if_there, upload
+from mae_dist.shards.publish import is_empty, make_directory, named, read_if_there, upload
 from mae_dist.shards.remote import is_remote
 
 BAD_NAME, SHOWN = "bad_images.txt", 3  # what was unreadable, and how many of them an error names
@@ -109,7 +109,8 @@ def shard(
         find_ray(ray)
     if finished := _finished_before(place, wanted):
         return finished
-    place.aside.mkdir(parents=True, exist_ok=True)
+    with named(str(place.aside)):
+        place.aside.mkdir(parents=True, exist_ok=True)
     try:
         with place.lock(f"part-{part[0]}-of-{part[1]}", timeout=0):
             plan = prepare(place, wanted, workers)
@@ -130,14 +131,15 @@ def shard(
 def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
     """OUT, when an earlier start, or the other parts, have completed it by the same recipe: then this start is done.
 
-    Raises UserError when OUT holds anything else and is not ours to go on with.
+    Raises UserError when OUT holds anything else and is not ours to go on with, or cannot be looked at.
     """
-    if (place.remote and Plan.load(place.plan) is not None) or is_empty(place.out):
-        return None
-    recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
-    if recipe != wanted.text() or not text:
-        raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
-    place.remove()  # left when a start was killed between completing OUT and tidying up
+    with named(str(place.aside)):
+        if (place.remote and Plan.load(place.plan) is not None) or is_empty(place.out):
+            return None
+        recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
+        if recipe != wanted.text() or not text:
+            raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
+        place.remove()  # left when a start was killed between completing OUT and tidying up
     return Manifest.parse(text, Path(place.out), place.out) if place.remote else Manifest.load(place.out)
 
 
