@@ -18,6 +18,7 @@ from mae_dist.shards.inputs import Reader
 from mae_dist.shards.manifest import Shard
 from mae_dist.shards.plan import Item, Plan, replace_whole, sync_directory
 from mae_dist.shards.publish import upload
+from mae_dist.shards.remote import is_remote
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def done_path(aside: Path, plan: Plan, shard: int) -> Path:
     return aside / "plan" / f"{plan.shard_name(shard)}.done"
 
 
-def already_done(aside: Path, plan: Plan, remote: bool) -> dict[int, Done]:
+def already_done(aside: Path, plan: Plan, out: str) -> dict[int, Done]:
     """The shards that earlier starts, or other parts, have finished: a record, and (when local) a tar of its size."""
     recorded = {entry.name for entry in os.scandir(aside / "plan") if entry.name.endswith(".done")}
     found = {}
@@ -130,7 +131,17 @@ def already_done(aside: Path, plan: Plan, remote: bool) -> dict[int, Done]:
         if path.name not in recorded:
             continue
         done = Done.load(path)
-        tar = aside / "shards" / done.shard.name if done.shard else None
-        if tar is None or remote or (tar.is_file() and tar.stat().st_size == done.shard.num_bytes):  # type: ignore[union-attr]
+        if (
+            done.shard is None
+            or is_remote(out)
+            or any(
+                has_size(directory / done.shard.name, done.shard.num_bytes)
+                for directory in (aside / "shards", Path(out))
+            )
+        ):
             found[shard] = done
     return found
+
+
+def has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes

@@ -34,7 +34,7 @@ RECIPE_NAME = "recipe.json"  # in OUT: what made it, and how a late start knows 
 
 @dataclass(frozen=True)
 class Place:
-    """OUT, and the directory beside it in which it is made."""
+    """OUT, and the directory in which it is made: beside it, or inside it where OUT is a mount point."""
 
     out: str
     aside: Path
@@ -50,6 +50,18 @@ class Place:
     @property
     def shards(self) -> Path:
         return self.aside / "shards"
+
+    @property
+    def inside(self) -> bool:
+        return self.aside.parent == Path(self.out)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether OUT is, but for what is at work inside it and what mkfs leaves. Raises UserError."""
+        if not self.inside:
+            return is_empty(self.out)
+        names = [path.name for path in Path(self.out).iterdir()]
+        return all(name == "lost+found" or name.startswith(self.aside.name) for name in names)
 
     def lock(self, name: str = "all", timeout: float = -1) -> FileLock:
         """Between the starts on all machines; the kernel takes it from a start that was killed."""
@@ -67,12 +79,14 @@ class Place:
 def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
     """OUT.partial beside a local OUT; NAME.partial in the current directory, or `aside`, for a remote one.
 
+    A link stands for what it leads to. A mount point, which no rename can replace, has its .partial inside.
     Raises UserError for an `aside` where it would be of no use.
     """
     if not is_remote(str(out)):
         if aside:
             raise UserError(f"--aside is for a remote OUT; for {out} it is {out}.partial")
-        return Place(str(out), Path(f"{Path(out).absolute()}.partial"))
+        path = Path(out).resolve() if Path(out).is_symlink() else Path(out).absolute()
+        return Place(str(path), path / ".partial" if path.is_mount() else Path(f"{path}.partial"))
     name = str(out).rstrip("/").rsplit("/", 1)[-1]
     return Place(str(out), Path(aside or f"{name}.partial").absolute())
 
@@ -134,7 +148,8 @@ def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
     Raises UserError when OUT holds anything else and is not ours to go on with, or cannot be looked at.
     """
     with named(str(place.aside)):
-        if (place.remote and Plan.load(place.plan) is not None) or is_empty(place.out):
+        in_place = place.remote or place.inside  # then OUT fills up before all is done
+        if (in_place and Plan.load(place.plan) is not None) or place.is_empty:
             return None
         recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
         if recipe != wanted.text() or not text:
@@ -172,15 +187,15 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
 
 
 def carry_out(place: Place, plan: Plan, workers: int, max_bad: int, part: tuple[int, int], ray: str) -> None:
-    """Write the shards of this part that are missing. Raises TooManyBad beyond `max_bad` unreadable images."""
-    done = already_done(place.aside, plan, place.remote)
+    """Write the shards of this part that are missing. Raises UserError beyond `max_bad` unreadable images."""
+    done = already_done(place.aside, plan, place.out)
     mine = range(part[0], plan.num_shards, part[1])
     if len(all_bad(plan, done)) > max_bad:  # they may have been mended since: those shards are made again
         done = {i: record for i, record in done.items() if not (record.bad and i in mine)}
     missing = [i for i in mine if i not in done]
     bad = all_bad(plan, done)
     total = sum(min(plan.recipe.shard_size, plan.count - i * plan.recipe.shard_size) for i in mine)
-    progress = Progress(f"shard {place.aside.stem}", total, sum(done[i].images for i in mine if i in done))
+    progress = Progress(f"shard {Path(place.out).name}", total, sum(done[i].images for i in mine if i in done))
     work = partial(write_shard, place.aside, place.out if place.remote else "")
     results = on_ray(work, missing, ray) if ray else in_processes(work, missing, workers)
     try:
@@ -205,7 +220,7 @@ def all_bad(plan: Plan, done: Mapping[int, Done]) -> list[str]:
 
 def too_many_bad(place: Place, plan: Plan, part: tuple[int, int]) -> UserError:
     """The error, which names the first of them. OUT.partial stays, with a list of all, unless no shard is finished."""
-    done = already_done(place.aside, plan, place.remote)
+    done = already_done(place.aside, plan, place.out)
     bad = all_bad(plan, done)
     first = f"{len(bad)} unreadable image{'s'[: len(bad) > 1]}: {'; '.join(bad[:SHOWN])}"
     advice = f"leave such images out with --max-bad N (so far {len(bad)})"
@@ -226,7 +241,7 @@ def finish(place: Place, plan: Plan) -> Manifest | None:
     with place.lock():
         if Plan.load(place.plan) is None:
             raise FileNotFoundError(f"{place.plan}: gone")
-        done = already_done(place.aside, plan, place.remote)
+        done = already_done(place.aside, plan, place.out)
         if len(done) < plan.num_shards:
             return None
         records: list[Done] = [done[i] for i in range(plan.num_shards)]
@@ -261,9 +276,13 @@ def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[st
             upload(path, place.out)
         return manifest
     out = Path(place.out)
-    if out.exists():
-        out.rmdir()
     sync_directory(place.shards)
-    place.shards.rename(out)
+    if place.inside:
+        for path in sorted(place.shards.iterdir(), key=lambda path: path.name == FILE_NAME):  # the manifest last
+            path.rename(out / path.name)
+    else:
+        if out.exists():
+            out.rmdir()
+        place.shards.rename(out)
     sync_directory(place.aside.parent)
     return Manifest(out, shards, plan.classes)

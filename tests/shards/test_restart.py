@@ -77,6 +77,42 @@ def test_a_restart_writes_only_what_is_missing(images, tmp_path):
         assert (now == written) == ("00000" in path.name), path.name
 
 
+@pytest.mark.parametrize("leads_to", ["empty", "nothing"])
+def test_out_may_be_a_link(images, shards, tmp_path, leads_to):
+    if leads_to == "empty":
+        (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    assert shard(images, tmp_path / "out", shard_size=10).num_samples == 46
+    assert (tmp_path / "out").is_symlink()
+    assert content(tmp_path / "there") == content(shards)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "there"]
+
+
+def test_out_may_be_a_mount_point_and_killed_there_while_it_is_filled(images, shards, tmp_path, monkeypatch):
+    out, honest = tmp_path / "out", Path.rename
+    (out / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)  # a real one takes rights that tests lack
+
+    def no_rename_of_a_mount_point(path, target):
+        if Path(target) == out:
+            raise OSError("Device or resource busy")
+        if Path(target) == out / "train-00003.tar":
+            raise KeyboardInterrupt
+        return honest(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_rename_of_a_mount_point)
+    with pytest.raises(KeyboardInterrupt):
+        shard(images, out, shard_size=10)
+    assert not (out / "manifest.json").exists()
+    monkeypatch.setattr(Path, "rename", honest)
+    monkeypatch.setattr(write, "write_shard", lambda *_: 1 / 0)  # none is made twice
+    (out / "lost+found").rmdir()
+    for _ in range(2):  # the second finds that all is done
+        assert shard(images, out, shard_size=10).num_samples == 46
+        assert content(out) == content(shards)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_other_settings_do_not_go_on_with_an_unfinished_start(images, tmp_path):
     out = tmp_path / "out"
     shard(images, out, shard_size=10, part=(0, 2))
