@@ -1,5 +1,6 @@
 """One shard of a plan: read its images, convert them, write tar, index and record, each whole or not at all."""
 
+import errno
 import io
 import json
 import os
@@ -19,6 +20,8 @@ from mae_dist.shards.manifest import Shard
 from mae_dist.shards.plan import Item, Plan, replace_whole, sync_directory
 from mae_dist.shards.publish import upload
 from mae_dist.shards.remote import is_remote
+
+OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,16 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
 def fill(
     file: BinaryIO, plan: Plan, reader: Reader, items: Sequence[Item]
 ) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """Write the tar and fsync it. Returns the index's rows (offset, length, label) and what was unreadable."""
+    """Write the tar and fsync it. Returns the index's rows (offset, length, label) and what was unreadable.
+
+    Raises StorageFailed.
+    """
     rows, bad = [], []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for item in items:
             try:
-                data, suffix = convert(reader.read(item.container, item.origin, *item.place), plan.recipe.conversion)
-            except MemoryError:
+                data, suffix = convert(read(reader, item), plan.recipe.conversion)
+            except (MemoryError, StorageFailed):
                 raise
             except Exception as error:  # decoders raise what they like for bad bytes
                 bad.append(f"{reader.where(item.container, item.origin)}: {error}")
@@ -110,6 +116,25 @@ def fill(
     file.flush()
     os.fsync(file.fileno())
     return rows, bad
+
+
+class StorageFailed(OSError):
+    """No fault of an image: it may be whole, and readable once the storage is well again."""
+
+
+def read(reader: Reader, item: Item) -> bytes:
+    """The bytes of an image.
+
+    Raises StorageFailed for what the system says of a disk or a server (EIO, ESTALE, ...). A file that is not there or
+    may not be read (a broken link, say), and one with something wrong in it (cut short, a row without bytes), is a bad
+    image: that raises what `Reader.read` does.
+    """
+    try:
+        return reader.read(item.container, item.origin, *item.place)
+    except OSError as error:
+        if error.errno in OF_THE_FILE:
+            raise
+        raise StorageFailed(error.errno, error.strerror, reader.where(item.container, item.origin)) from error
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

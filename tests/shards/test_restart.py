@@ -1,5 +1,6 @@
 """Killed, split over machines, started twice: the same bytes in the end, and OUT is whole or not there."""
 
+import errno
 import fcntl
 import json
 import os
@@ -229,6 +230,30 @@ def test_after_too_many_bad_images_the_same_command_goes_on(images, tmp_path, me
     found.pop("recipe.json"), expected.pop("recipe.json")  # says where the images lay
     assert found == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ESTALE])
+def test_storage_that_fails_is_no_bad_image(images, shards, tmp_path, monkeypatch, failure):
+    honest = Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if path == images / "class_0" / "003.jpg":
+            raise OSError(failure, os.strerror(failure), str(path))
+        return honest(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(UserError, match=r"\[Errno .*class_0/003.jpg'; start the same command again to go on"):
+        shard(images, tmp_path / "out", shard_size=10, max_bad=46)
+    monkeypatch.undo()
+    shard(images, tmp_path / "out", shard_size=10, max_bad=46)
+    assert content(tmp_path / "out") == content(shards)
+
+
+def test_a_broken_link_is_a_bad_image(images, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    (tmp_path / "in" / "class_0" / "x.jpg").symlink_to("nowhere")
+    assert shard(tmp_path / "in", tmp_path / "out", max_bad=1).num_samples == 46
+    assert "class_0/x.jpg" in (tmp_path / "out" / "bad_images.txt").read_text()
 
 
 def test_without_a_terminal_progress_is_json_lines(images, tmp_path):
