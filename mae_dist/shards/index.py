@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import groupby
@@ -23,6 +23,7 @@ from mae_dist.shards import remote
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.tar import BadTar, Digested, Member, members
+from mae_dist.shards.tars import integer_label
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PAUSES = (0.5, 2)  # seconds before a remote shard is read again
@@ -71,18 +72,6 @@ def samples(archive: Iterator[Member]) -> Iterator[Sample]:
 def sample_name(name: str) -> re.Match | None:
     """Key and suffix of a file, or None for what webdataset leaves out."""
     return None if "/" not in name and name.startswith("__") and name.endswith("__") else NAME.fullmatch(name)
-
-
-def integer_label(files: Mapping[str, bytes]) -> int:
-    """The integer of `.cls`, else of `label` or `cls` in `.json`, else -1. `files`: bytes by suffix."""
-    try:
-        if "cls" in files:
-            return int(files["cls"])
-        values = json.loads(files["json"]) if "json" in files else {}
-        found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
-        return found if isinstance(found, int) and not isinstance(found, bool) else -1
-    except ValueError:
-        return -1
 
 
 def scan(place: str) -> Scan:

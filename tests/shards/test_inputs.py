@@ -10,6 +10,7 @@ import pytest
 
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest
+from mae_dist.shards.index import index
 from mae_dist.shards.inputs import recognise
 from mae_dist.shards.store import LocalStore
 from mae_dist.shards.write import shard
@@ -129,6 +130,39 @@ def test_tars_of_somebody_else(folders, tmp_path):
     assert len(set(names)) == 10
 
 
+def test_labels_are_those_that_index_finds(folders, tmp_path):
+    """.cls before .json; what is no label there is none."""
+    data = [path.read_bytes() for path in sorted(folders.rglob("*.JPEG"))]
+    notes = [
+        {"label": 3, "cls": 4},
+        {"cls": 5},
+        {"label": "cat"},
+        {"label": 10**12},
+        {"label": 10**30},
+        {"label": 1},
+        {"label": 6},
+    ]
+    members = {"5.cls": b"2"}
+    for i, note in enumerate(notes):
+        members |= {f"{i}.jpg": data[i], f"{i}.json": json.dumps(note).encode()}
+    members |= {"2.boxes.json": b'{"label": 8}', "6.JSON": members.pop("6.json")}
+    tar = tar_of(tmp_path / "x.tar", dict(sorted(members.items())))
+    manifest = shard(tar, tmp_path / "out")
+    assert pairs(manifest) == sorted(zip(data, [3, 5, -1, 10**12, -1, 2, 6], strict=False))
+    assert pairs(manifest) == pairs(index([str(tar)]).manifest)
+    assert len(manifest.classes) < 100
+
+
+def test_class_tars_keep_their_own_labels_whatever_their_json_says(folders, tmp_path):
+    data = (folders / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").read_bytes()
+    (tmp_path / "in").mkdir()
+    for wnid in WNIDS:
+        tar_of(
+            tmp_path / "in" / f"{wnid}.tar", {"a.jpg": data, "a.json": b'{"label": 9}', "b.jpg": data, "b.json": b"{}"}
+        )
+    assert pairs(shard(tmp_path / "in", tmp_path / "out")) == [(data, i) for i in (0, 0, 1, 1, 2, 2)]
+
+
 @pytest.mark.parametrize(("cut", "left"), [("header", 4), ("data", 4)])
 def test_a_tar_that_is_cut_short_is_bad_input_and_no_smaller_data_set(folders, tmp_path, cut, left):
     data = [path.read_bytes() for path in sorted(folders.rglob("*.JPEG"))]
@@ -194,6 +228,8 @@ def test_parquet_without_labels_and_a_row_without_bytes(folders, tmp_path):
         (lambda d: (d / "a.parquet").write_bytes(b"no"), "not a parquet file"),
         (lambda d: tar_of(d / "a.tar", {"a.txt": b""}), "no images in it"),
         (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"cat"}), "b'cat' is no class number"),
+        (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"9" * 30}), "is no class number"),
+        (lambda d: tar_of(d / "a.tar", {"b.jpg": b"", "a.jpg": b"", "./a.jpg": b"x"}), "a.tar: holds 'a.jpg' twice"),
         (lambda d: (d / "a.tar").write_bytes(b"no tar" * 200), "a.tar"),
         (lambda d: (tar_of(d / "a.tar", {}), (d / "b.jpg").touch()), "side by side"),
         (lambda d: (tar_of(d / "a.tar", {}), (d / "class").mkdir()), "side by side"),
