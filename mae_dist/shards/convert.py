@@ -7,7 +7,9 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from mae_dist.errors import UserError
 
@@ -54,8 +56,9 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     """The bytes to store and their suffix, which follows the bytes, not the file's name.
 
     The given bytes when nothing has to change. Encoded again: what `how` resizes or turns, CMYK JPEGs (as RGB), formats
-    that readers do not know (as PNG). The format stays otherwise, and so do grey and transparent images. Raises what
-    PIL raises (OSError, ValueError, SyntaxError, DecompressionBombError) for bytes that are no image.
+    that readers do not know (as PNG), grey of 16 bits (as 8: readers clip it to white). The format stays otherwise, and
+    so do grey and transparent images. Raises what PIL raises (OSError, ValueError, SyntaxError, DecompressionBombError)
+    for bytes that are no image, and ValueError for pixels whose white is anybody's guess.
     """
     with open_image(data) as image:
         kind = image.format or ""
@@ -63,9 +66,13 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
         turned = how.exif_rotate and image.getexif().get(ORIENTATION, 1) in range(2, 9)
         upright = ImageOps.exif_transpose(image) if turned else image
         size = how.size(*upright.size)
-        if not turned and size == upright.size and kind in KEPT_AS_IS and image.mode != "CMYK":
+        deep = bits_beyond_8(image)
+        if not turned and size == upright.size and kind in KEPT_AS_IS and image.mode != "CMYK" and not deep:
             return data, KEPT_AS_IS[kind]
-        pixels = upright.convert(plain_mode(upright))
+        if deep:
+            pixels = Image.fromarray((np.asarray(upright) >> deep).astype(np.uint8))
+        else:
+            pixels = upright.convert(plain_mode(upright))
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)  # PIL's is antialiased
     out = io.BytesIO()
@@ -75,6 +82,17 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     pixels.info.clear()
     pixels.save(out, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix], **options)
     return out.getvalue(), suffix
+
+
+def bits_beyond_8(image: Image.Image) -> int:
+    """Of grey pixels; 0 for all others. Raises ValueError when it is not known which value is white."""
+    if image.mode.startswith("I;16"):
+        return image.tag_v2[BITSPERSAMPLE][0] - 8 if isinstance(image, TiffImageFile) else 8  # TIFF has 12 as well
+    if image.mode == "I" and image.format == "PPM":  # PIL scales it to 16 bits
+        return 8
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, and no saying which value is white; save it with 8 or 16 bits")
+    return 0
 
 
 def plain_mode(image: Image.Image) -> str:

@@ -40,7 +40,7 @@ class WrongContent(OSError):
     """What came is not what the manifest promises."""
 
 
-def persist(action: Callable[[], T], place: str, counters: Counters) -> T:
+def persist(action: Callable[[], T], place: str, counters: Counters | None = None, done: str = "fetched") -> T:
     """Do it again until it works, waiting twice as long each time, with jitter. Raises UserError after the last try."""
     answers, began = 0, time.monotonic()
     for attempt in itertools.count(1):
@@ -51,13 +51,14 @@ def persist(action: Callable[[], T], place: str, counters: Counters) -> T:
         except Exception as error:  # client libraries raise what they like
             answers += isinstance(error, FileNotFoundError | PermissionError | WrongContent)
             if attempt >= TRIES or answers >= ANSWERED_TRIES or time.monotonic() - began > GIVE_UP:
-                what = "not there" if isinstance(error, FileNotFoundError) else "cannot be fetched"
+                what = "not there" if isinstance(error, FileNotFoundError) else f"cannot be {done}"
                 last = " ".join(f"{type(error).__name__}: {error}".split())
                 raise UserError(
                     f"{place}: {what}, tried {attempt} times, last error: {last}; look at the place and at the "
                     "network, then start the same command again"
                 ) from error
-            counters.add(retries=1)
+            if counters:
+                counters.add(retries=1)
             time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1))
     raise AssertionError("count has no end")
 

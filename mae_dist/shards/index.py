@@ -5,11 +5,10 @@ that comes back later in the same shard, or two files of one name.
 """
 
 import json
-import multiprocessing
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import groupby
@@ -22,7 +21,9 @@ from tqdm import tqdm
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
+from mae_dist.shards.processes import in_order
 from mae_dist.shards.tar import BadTar, Digested, Member, members
+from mae_dist.shards.tars import integer_label
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PAUSES = (0.5, 2)  # seconds before a remote shard is read again
@@ -71,18 +72,6 @@ def samples(archive: Iterator[Member]) -> Iterator[Sample]:
 def sample_name(name: str) -> re.Match | None:
     """Key and suffix of a file, or None for what webdataset leaves out."""
     return None if "/" not in name and name.startswith("__") and name.endswith("__") else NAME.fullmatch(name)
-
-
-def integer_label(files: Mapping[str, bytes]) -> int:
-    """The integer of `.cls`, else of `label` or `cls` in `.json`, else -1. `files`: bytes by suffix."""
-    try:
-        if "cls" in files:
-            return int(files["cls"])
-        values = json.loads(files["json"]) if "json" in files else {}
-        found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
-        return found if isinstance(found, int) and not isinstance(found, bool) else -1
-    except ValueError:
-        return -1
 
 
 def scan(place: str) -> Scan:
@@ -150,7 +139,7 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     out.mkdir(parents=True, exist_ok=True)
     progress = out / f".index-{sha256(chr(0).join(places).encode()).hexdigest()[:16]}.jsonl"
     done = recorded(progress)
-    scans = each([place for place in places if place not in done], workers)
+    scans = in_order(scan_or_say, [place for place in places if place not in done], workers)
     shards, without, bad = [], 0, []
     with progress.open("w") as record:
         record.writelines(json.dumps([asdict(shard), lacking]) + "\n" for shard, lacking in done.values())
@@ -191,17 +180,11 @@ def resized(place: str, num_bytes: int) -> bool:
         return True
 
 
-def each(places: Sequence[str], workers: int) -> Iterator[Scan | str]:
-    """The scan of each shard, in order, or what is wrong with it."""
-    if workers <= 1 or len(places) == 1:
-        yield from map(scan_or_say, places)
-        return
-    with multiprocessing.get_context("forkserver").Pool(min(workers, len(places))) as pool:
-        yield from pool.imap(scan_or_say, places)
-
-
 def scan_or_say(place: str) -> Scan | str:
-    """A remote shard has a few chances: connections break, also in the middle."""
+    """The scan of a shard, or what is wrong with it.
+
+    A remote shard has a few chances: connections break, also in the middle.
+    """
     said = ""
     for pause in (*PAUSES, 0) if remote.is_remote(place) else (0,):
         try:

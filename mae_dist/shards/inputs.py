@@ -7,6 +7,7 @@ lies in tars and parquet files is addressed there (file, offset, length; file, r
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from mae_dist.errors import UserError
 from mae_dist.shards.tars import SUFFIXES, Piece, find_ranges, is_image, scan_tar
 
+# In the names of files; a folder has to be called exactly so.
+SPLITS = [re.compile(word, re.IGNORECASE) for word in (r"train", r"validation|(?<![a-z])val(?:id)?(?![a-z])", r"test")]
 OPEN_FILES = 256  # tars kept open by a process; a shard may draw from all of them
 Mapper = Callable[[Callable[[Any], Piece], Sequence[Any]], Iterable[Piece]]
 
@@ -90,6 +93,7 @@ def _directory(path: Path) -> Input:
     if flat:
         return Input("flat", str(path), [], [], scan_flat, [flat])
     if folders:
+        no_splits(path, folders)
         jobs = [(str(path), name, label) for label, name in enumerate(folders)]
         return Input("class folders", str(path), [], folders, scan_folder, jobs)
     raise UserError(f"{path}: no images here; looked for {', '.join(sorted(SUFFIXES))}, class folders, .tar, .parquet")
@@ -97,10 +101,25 @@ def _directory(path: Path) -> Input:
 
 def one_split(path: Path, files: Sequence[Path]) -> None:
     """Raises UserError for a directory that holds training and held-out files: mixing them would be silent."""
-    splits = [word for word in ("train", "validation", "test") if any(word in file.name for file in files)]
-    if len(splits) > 1:
-        pattern = f"{files[0].parent}/*{splits[0]}*{files[0].suffix}"
-        raise UserError(f"{path}: holds the splits {', '.join(splits)}; shard one at a time, for example '{pattern}'")
+    found = [next(filter(None, (split.search(file.name) for file in files)), None) for split in SPLITS]
+    words = [match[0] for match in found if match]
+    if len(words) > 1:
+        pattern = f"{files[0].parent}/*{words[0]}*{files[0].suffix}"
+        raise UserError(f"{path}: holds the splits {', '.join(words)}; shard one at a time, for example '{pattern}'")
+
+
+def no_splits(path: Path, folders: Sequence[str]) -> None:
+    """Raises UserError when all folders with images are splits: they would become classes. A class may be called so."""
+    splits = [name for name in folders if any(split.fullmatch(name) for split in SPLITS)]
+    if splits and not any(has_images(path / name) for name in folders if name not in splits):
+        raise UserError(
+            f"{path}: holds the {'splits' if len(splits) > 1 else 'split'} {', '.join(splits)}, not class folders; "
+            f"shard one at a time, for example '{path / splits[0]}'"
+        )
+
+
+def has_images(folder: Path) -> bool:
+    return any(is_image(name) for _, _, files in os.walk(folder, followlinks=True) for name in files)
 
 
 def _tars(files: Sequence[Path]) -> Input:

@@ -1,5 +1,6 @@
 """One shard of a plan: read its images, convert them, write tar, index and record, each whole or not at all."""
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,9 @@ from mae_dist.shards.inputs import Reader
 from mae_dist.shards.manifest import Shard
 from mae_dist.shards.plan import Item, Plan, replace_whole, sync_directory
 from mae_dist.shards.publish import upload
+from mae_dist.shards.remote import is_remote
+
+OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
     # Two starts may write the same shard at once, from two machines: the same bytes under names of their own.
     unfinished = aside / "plan" / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
     items = plan.items(shard)
+    done_path(aside, plan, shard).unlink(
+        missing_ok=True
+    )  # made again, its images mended: the record would be of others
     try:
         with unfinished.open("wb") as file:
             rows, bad = fill(file, plan, reader, items)
@@ -86,13 +93,16 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
 def fill(
     file: BinaryIO, plan: Plan, reader: Reader, items: Sequence[Item]
 ) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """Write the tar and fsync it. Returns the index's rows (offset, length, label) and what was unreadable."""
+    """Write the tar and fsync it. Returns the index's rows (offset, length, label) and what was unreadable.
+
+    Raises StorageFailed.
+    """
     rows, bad = [], []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for item in items:
             try:
-                data, suffix = convert(reader.read(item.container, item.origin, *item.place), plan.recipe.conversion)
-            except MemoryError:
+                data, suffix = convert(read(reader, item), plan.recipe.conversion)
+            except (MemoryError, StorageFailed):
                 raise
             except Exception as error:  # decoders raise what they like for bad bytes
                 bad.append(f"{reader.where(item.container, item.origin)}: {error}")
@@ -108,6 +118,25 @@ def fill(
     return rows, bad
 
 
+class StorageFailed(OSError):
+    """No fault of an image: it may be whole, and readable once the storage is well again."""
+
+
+def read(reader: Reader, item: Item) -> bytes:
+    """The bytes of an image.
+
+    Raises StorageFailed for what the system says of a disk or a server (EIO, ESTALE, ...). A file that is not there or
+    may not be read (a broken link, say), and one with something wrong in it (cut short, a row without bytes), is a bad
+    image: that raises what `Reader.read` does.
+    """
+    try:
+        return reader.read(item.container, item.origin, *item.place)
+    except OSError as error:
+        if error.errno in OF_THE_FILE:
+            raise
+        raise StorageFailed(error.errno, error.strerror, reader.where(item.container, item.origin)) from error
+
+
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)  # time 0, owner 0: the same bytes from the same images
     info.size = len(data)
@@ -118,7 +147,7 @@ def done_path(aside: Path, plan: Plan, shard: int) -> Path:
     return aside / "plan" / f"{plan.shard_name(shard)}.done"
 
 
-def already_done(aside: Path, plan: Plan, remote: bool) -> dict[int, Done]:
+def already_done(aside: Path, plan: Plan, out: str) -> dict[int, Done]:
     """The shards that earlier starts, or other parts, have finished: a record, and (when local) a tar of its size."""
     recorded = {entry.name for entry in os.scandir(aside / "plan") if entry.name.endswith(".done")}
     found = {}
@@ -127,7 +156,17 @@ def already_done(aside: Path, plan: Plan, remote: bool) -> dict[int, Done]:
         if path.name not in recorded:
             continue
         done = Done.load(path)
-        tar = aside / "shards" / done.shard.name if done.shard else None
-        if tar is None or remote or (tar.is_file() and tar.stat().st_size == done.shard.num_bytes):  # type: ignore[union-attr]
+        if (
+            done.shard is None
+            or is_remote(out)
+            or any(
+                has_size(directory / done.shard.name, done.shard.num_bytes)
+                for directory in (aside / "shards", Path(out))
+            )
+        ):
             found[shard] = done
     return found
+
+
+def has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes

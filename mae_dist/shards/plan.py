@@ -36,6 +36,7 @@ from mae_dist.shards.tars import Piece
 PLAN_STREAM = 0x706C616E
 MAX_KEY = 90  # a tar header holds names of 100 characters
 COLUMNS = 5
+NAMED_CLASSES = 1_000_000  # a label beyond is an id of something: its number is name enough, and no list goes up to it
 NOT_IN_KEYS = re.compile(r"[^!-~]|[./?]")
 
 
@@ -150,7 +151,7 @@ def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[P
         origins = [os.fsdecode(blob[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         table[:, 3], classes = read_labels(Path(recipe.labels), origins)
     highest = int(table[:, 3].max())
-    if len(classes) <= highest:
+    if len(classes) <= highest < NAMED_CLASSES:
         classes = [*classes, *map(str, range(len(classes), highest + 1))]
     table.flush()
     plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad)

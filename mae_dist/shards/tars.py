@@ -1,8 +1,10 @@
 """Images inside tars that somebody else made: where each lies, so that it can be read without unpacking anything."""
 
+import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -81,13 +83,14 @@ def end_mark(tar: tarfile.TarFile, path: str | Path) -> None:
 
 
 def scan_tar(where: TarRange) -> Piece:
-    """The images of one tar, by name; labels from `KEY.cls` members (webdataset) or the range's own.
+    """The images of one tar, by name; labels as `mae-dist index` finds them (`integer_label`), or the range's own.
 
     A tar that is cut short gives the images before the cut and one bad entry. Raises UserError for a `.cls` that is no
-    number.
+    number, and for two images of one name.
     """
     found: list[tuple[str, int, int]] = []
-    classes: dict[str, int] = {}
+    labels: dict[str, dict[str, int]] = {"cls": {}, "json": {}}
+    inside = f"{where.path}: {where.folder}.tar" if where.folder else where.path
     bad: tuple[str, ...] = ()
     with open(where.path, "rb") as file:  # noqa: PTH123
         file.seek(where.start)
@@ -101,17 +104,27 @@ def scan_tar(where: TarRange) -> Piece:
                         if member.offset_data + member.size > where.end:
                             raise tarfile.ReadError(f"cut short inside {member.name}")
                         found.append((member.name.removeprefix("./"), member.offset_data, member.size))
-                    elif member.name.endswith(".cls") and (content := tar.extractfile(member)):
-                        classes[sample_key(member.name)] = class_number(content.read(), f"{where.path}: {member.name}")
+                    elif (kind := label_kind(member.name, where)) and (content := tar.extractfile(member)):
+                        data = content.read()
+                        if kind == "cls":
+                            check_number(data, f"{where.path}: {member.name}")
+                        labels[kind][sample_key(member.name)] = integer_label({kind: data})
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
                 end_mark(tar, where.path)
         except tarfile.TarError as error:
-            bad = (f"{where.path}{f': {where.folder}.tar' if where.folder else ''}: {error}",)
+            bad = (f"{inside}: {error}",)
     found.sort()
     folder = f"{where.folder}/" if where.folder else ""
-    labels = [classes.get(sample_key(name), where.label) for name, _, _ in found]
+    names = [name for name, _, _ in found]
+    if twice := next((a for a, b in pairwise(names) if a == b), None):
+        raise UserError(
+            f"{inside}: holds {twice!r} twice; write the tar again with one of them, or unpack it (the last one stays) "
+            "and give the directory"
+        )
+    by_key = labels["json"] | labels["cls"]
     places = np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 2)
-    return Piece(where.container, [folder + name for name, _, _ in found], places, np.array(labels, np.int64), bad)
+    numbers = np.array([by_key.get(sample_key(name), where.label) for name in names], np.int64)
+    return Piece(where.container, [folder + name for name in names], places, numbers, bad)
 
 
 def sample_key(name: str) -> str:
@@ -120,8 +133,28 @@ def sample_key(name: str) -> str:
     return str(path.parent / path.name.split(".")[0])
 
 
-def class_number(content: bytes, where: str) -> int:
+def label_kind(name: str, where: TarRange) -> str:
+    """`cls` or `json` for a member that may say a label; empty for others."""
+    if name.lower().endswith(".cls"):
+        return "cls"
+    # Only `KEY.json`, as index: `KEY.boxes.json` is about something else. A class tar's name is the better label.
+    return "json" if where.label < 0 and PurePosixPath(name).name.partition(".")[2].lower() == "json" else ""
+
+
+def check_number(content: bytes, where: str) -> None:
     try:
-        return int(content)
-    except ValueError:
+        np.int64(int(content))
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: {content[:20]!r} is no class number; .cls members hold an int") from None
+
+
+def integer_label(files: Mapping[str, bytes]) -> int:
+    """The integer of `.cls`, else of `label` or `cls` in `.json`, else -1. `files`: bytes by suffix."""
+    try:
+        if "cls" in files:
+            return int(files["cls"])
+        values = json.loads(files["json"]) if "json" in files else {}
+        found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
+        return found if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 1 << 63 else -1
+    except ValueError:
+        return -1

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from mae_dist.shards import remote
 from mae_dist.shards.convert import open_image
 from mae_dist.shards.index import Sample, samples
 from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.processes import in_order
 from mae_dist.shards.tar import BadTar, Digested, members
 
 Row = tuple[int, int, int]
@@ -43,7 +43,8 @@ def verify(manifest: Manifest, workers: int = 1) -> Iterator[Problem]:
     """Every problem, shard by shard as they are read by `workers` processes; keys of several shards at the end."""
     hashes, count = [], len(manifest.shards)
     with tqdm(total=manifest.num_samples, unit="img", desc="verify", dynamic_ncols=True) as bar:
-        for shard, checked in zip(manifest.shards, _each(manifest, workers), strict=True):
+        found = in_order(partial(check_shard, manifest), range(count), workers)
+        for shard, checked in zip(manifest.shards, found, strict=True):
             bar.update(shard.count)
             hashes.append(checked.keys)
             yield from checked.problems
@@ -55,15 +56,6 @@ def verify(manifest: Manifest, workers: int = 1) -> Iterator[Problem]:
     for first, second in pairs.tolist():
         if first != second:  # a shard's own keys are unique: the same hash twice there is chance
             yield from _shared_keys(manifest, first, second)
-
-
-def _each(manifest: Manifest, workers: int) -> Iterator[Checked]:
-    work = partial(check_shard, manifest)
-    if workers <= 1 or len(manifest.shards) == 1:
-        yield from map(work, range(len(manifest.shards)))
-        return
-    with multiprocessing.get_context("forkserver").Pool(min(workers, len(manifest.shards))) as pool:
-        yield from pool.imap(work, range(len(manifest.shards)))
 
 
 def check_shard(manifest: Manifest, i: int) -> Checked:

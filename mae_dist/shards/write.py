@@ -8,7 +8,7 @@ import glob
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,15 +25,16 @@ from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
-from mae_dist.shards.publish import is_empty, make_directory, read_if_there, system_of, upload
-from mae_dist.shards.remote import is_remote, join
+from mae_dist.shards.publish import is_empty, make_directory, named, read_if_there, upload
+from mae_dist.shards.remote import is_remote
 
+BAD_NAME, SHOWN = "bad_images.txt", 3  # what was unreadable, and how many of them an error names
 RECIPE_NAME = "recipe.json"  # in OUT: what made it, and how a late start knows that it is done
 
 
 @dataclass(frozen=True)
 class Place:
-    """OUT, and the directory beside it in which it is made."""
+    """OUT, and the directory in which it is made: beside it, or inside it where OUT is a mount point."""
 
     out: str
     aside: Path
@@ -49,6 +50,18 @@ class Place:
     @property
     def shards(self) -> Path:
         return self.aside / "shards"
+
+    @property
+    def inside(self) -> bool:
+        return self.aside.parent == Path(self.out)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether OUT is, but for what is at work inside it and what mkfs leaves. Raises UserError."""
+        if not self.inside:
+            return is_empty(self.out)
+        names = [path.name for path in Path(self.out).iterdir()]
+        return all(name == "lost+found" or name.startswith(self.aside.name) for name in names)
 
     def lock(self, name: str = "all", timeout: float = -1) -> FileLock:
         """Between the starts on all machines; the kernel takes it from a start that was killed."""
@@ -66,12 +79,14 @@ class Place:
 def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
     """OUT.partial beside a local OUT; NAME.partial in the current directory, or `aside`, for a remote one.
 
+    A link stands for what it leads to. A mount point, which no rename can replace, has its .partial inside.
     Raises UserError for an `aside` where it would be of no use.
     """
     if not is_remote(str(out)):
         if aside:
             raise UserError(f"--aside is for a remote OUT; for {out} it is {out}.partial")
-        return Place(str(out), Path(f"{Path(out).absolute()}.partial"))
+        path = Path(out).resolve() if Path(out).is_symlink() else Path(out).absolute()
+        return Place(str(path), path / ".partial" if path.is_mount() else Path(f"{path}.partial"))
     name = str(out).rstrip("/").rsplit("/", 1)[-1]
     return Place(str(out), Path(aside or f"{name}.partial").absolute())
 
@@ -98,7 +113,8 @@ def shard(
     `max_bad`: how many unreadable images to leave out before giving up. `part` (i, n): make shards i, i + n, ... only;
     None is returned while other parts are at work, and the part that ends last completes OUT. `ray`: address of a
     cluster to work on instead of `workers` processes. Raises UserError for any mistake in the input, with nothing left
-    behind, unless other parts may be at work. A start that is killed leaves OUT.partial, and the next goes on with it.
+    behind, unless shards were finished or other parts may be at work. A start that is killed or met too many unreadable
+    images leaves OUT.partial, and the next goes on with it, whatever its `max_bad`.
     """
     if workers < 1 or max_bad < 0 or not 0 <= part[0] < part[1]:
         raise UserError(f"--workers {workers}, --max-bad {max_bad}, --part {part[0]}/{part[1]}: at least 1, 0, i < n")
@@ -107,7 +123,8 @@ def shard(
         find_ray(ray)
     if finished := _finished_before(place, wanted):
         return finished
-    place.aside.mkdir(parents=True, exist_ok=True)
+    with named(str(place.aside)):
+        place.aside.mkdir(parents=True, exist_ok=True)
     try:
         with place.lock(f"part-{part[0]}-of-{part[1]}", timeout=0):
             plan = prepare(place, wanted, workers)
@@ -128,14 +145,16 @@ def shard(
 def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
     """OUT, when an earlier start, or the other parts, have completed it by the same recipe: then this start is done.
 
-    Raises UserError when OUT holds anything else and is not ours to go on with.
+    Raises UserError when OUT holds anything else and is not ours to go on with, or cannot be looked at.
     """
-    if (place.remote and Plan.load(place.plan) is not None) or is_empty(place.out):
-        return None
-    recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
-    if recipe != wanted.text() or not text:
-        raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
-    place.remove()  # left when a start was killed between completing OUT and tidying up
+    with named(str(place.aside)):
+        in_place = place.remote or place.inside  # then OUT fills up before all is done
+        if (in_place and Plan.load(place.plan) is not None) or place.is_empty:
+            return None
+        recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
+        if recipe != wanted.text() or not text:
+            raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
+        place.remove()  # left when a start was killed between completing OUT and tidying up
     return Manifest.parse(text, Path(place.out), place.out) if place.remote else Manifest.load(place.out)
 
 
@@ -169,52 +188,52 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
 
 def carry_out(place: Place, plan: Plan, workers: int, max_bad: int, part: tuple[int, int], ray: str) -> None:
     """Write the shards of this part that are missing. Raises UserError beyond `max_bad` unreadable images."""
-    done = already_done(place.aside, plan, place.remote)
+    done = already_done(place.aside, plan, place.out)
     mine = range(part[0], plan.num_shards, part[1])
+    if len(all_bad(plan, done)) > max_bad:  # they may have been mended since: those shards are made again
+        done = {i: record for i, record in done.items() if not (record.bad and i in mine)}
     missing = [i for i in mine if i not in done]
-    bad = [*plan.bad, *(line for record in done.values() for line in record.bad)]
+    bad = all_bad(plan, done)
     total = sum(min(plan.recipe.shard_size, plan.count - i * plan.recipe.shard_size) for i in mine)
-    progress = Progress(f"shard {place.aside.stem}", total, sum(done[i].images for i in mine if i in done))
+    progress = Progress(f"shard {Path(place.out).name}", total, sum(done[i].images for i in mine if i in done))
     work = partial(write_shard, place.aside, place.out if place.remote else "")
     results = on_ray(work, missing, ray) if ray else in_processes(work, missing, workers)
     try:
-        _check(bad, max_bad, place, part)
-        for record in results:
+        for record in results if len(bad) <= max_bad else ():
             if record:
                 progress.add(record.images, record.shard.num_bytes if record.shard else 0)
                 bad += record.bad
-                _check(bad, max_bad, place, part)
             progress.tick()
-    except TooManyBad:
-        results.close()  # end the processes first: they would write into what is removed
-        if part[1] == 1:
-            _remove_all(place, plan)
-        raise
+            if len(bad) > max_bad:
+                break
     finally:
+        results.close()  # what is being written is finished first, so that it counts
         progress.close()
-
-
-class TooManyBad(UserError):
-    """More unreadable images than allowed."""
-
-
-def _check(bad: Sequence[str], max_bad: int, place: Place, part: tuple[int, int]) -> None:
     if len(bad) > max_bad:
-        kept = f"; what is written stays in {place.aside} for the other parts" if part[1] > 1 else ""
-        raise TooManyBad(
-            f"unreadable image {bad[0]}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
-            + f"; remove it, or leave such images out with --max-bad N{kept}"
-        )  # fmt: skip
+        raise too_many_bad(place, plan, part)
 
 
-def _remove_all(place: Place, plan: Plan) -> None:
-    """OUT.partial, and what was uploaded already."""
-    if place.remote:
-        for record in already_done(place.aside, plan, True).values():
-            for name in [record.shard.name, record.shard.name.replace(".tar", ".idx.npy")] if record.shard else []:
-                system, target = system_of(join(place.out, name))
-                system.rm(target)
-    place.remove()
+def all_bad(plan: Plan, done: Mapping[int, Done]) -> list[str]:
+    """What was unreadable in the input and in these shards, in their order."""
+    return [*plan.bad, *(line for i in sorted(done) for line in done[i].bad)]
+
+
+def too_many_bad(place: Place, plan: Plan, part: tuple[int, int]) -> UserError:
+    """The error, which names the first of them. OUT.partial stays, with a list of all, unless no shard is finished."""
+    done = already_done(place.aside, plan, place.out)
+    bad = all_bad(plan, done)
+    first = f"{len(bad)} unreadable image{'s'[: len(bad) > 1]}: {'; '.join(bad[:SHOWN])}"
+    advice = f"leave such images out with --max-bad N (so far {len(bad)})"
+    if not any(record.shard for record in done.values()) and part[1] == 1:
+        place.remove()
+        return UserError(f"{first}; mend or remove it, or {advice}")
+    listing = place.aside / BAD_NAME
+    listing.write_text("\n".join(bad) + "\n")
+    more = f"; all are in {listing}" if len(bad) > SHOWN else ""
+    return UserError(
+        f"{first}{more}; mend them, or {advice}: the same command then "
+        f"goes on, and finished shards stay in {place.aside} (remove it if images come or go, or a tar was mended)"
+    )
 
 
 def finish(place: Place, plan: Plan) -> Manifest | None:
@@ -222,14 +241,14 @@ def finish(place: Place, plan: Plan) -> Manifest | None:
     with place.lock():
         if Plan.load(place.plan) is None:
             raise FileNotFoundError(f"{place.plan}: gone")
-        done = already_done(place.aside, plan, place.remote)
+        done = already_done(place.aside, plan, place.out)
         if len(done) < plan.num_shards:
             return None
         records: list[Done] = [done[i] for i in range(plan.num_shards)]
         shards = [record.shard for record in records if record.shard]
-        bad = [*plan.bad, *(line for record in records for line in record.bad)]
+        bad = all_bad(plan, done)
         if not shards:
-            _remove_all(place, plan)
+            place.remove()
             raise UserError(f"{plan.recipe.images}: none of the {plan.count} images is readable, such as {bad[0]}")
         manifest = complete(place, plan, shards, bad)
         place.remove()
@@ -245,7 +264,7 @@ def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[st
         if path not in expected:
             path.unlink()  # half-written by a start that was killed
     if bad:
-        (place.shards / "bad_images.txt").write_text("\n".join(bad) + "\n")
+        (place.shards / BAD_NAME).write_text("\n".join(bad) + "\n")
     (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
     manifest.save()
     for path in set(place.shards.iterdir()) - expected:
@@ -257,9 +276,13 @@ def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[st
             upload(path, place.out)
         return manifest
     out = Path(place.out)
-    if out.exists():
-        out.rmdir()
     sync_directory(place.shards)
-    place.shards.rename(out)
+    if place.inside:
+        for path in sorted(place.shards.iterdir(), key=lambda path: path.name == FILE_NAME):  # the manifest last
+            path.rename(out / path.name)
+    else:
+        if out.exists():
+            out.rmdir()
+        place.shards.rename(out)
     sync_directory(place.aside.parent)
     return Manifest(out, shards, plan.classes)

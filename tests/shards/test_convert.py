@@ -1,6 +1,7 @@
 """Bytes stay as they are unless something has to change, and then only that changes."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -100,6 +101,42 @@ def test_a_cmyk_jpeg_becomes_an_rgb_jpeg_of_the_same_picture():
     repaired, suffix = convert(data, Conversion())
     assert suffix == "jpg" and decode(repaired).mode == "RGB"
     assert psnr(decode(repaired), decode(data)) > 28
+
+
+GREY = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+
+
+def grey_12_bit_tiff() -> bytes:
+    """PIL writes none: two pixels in three bytes, and the same ramp."""
+    data = encode(Image.fromarray(GREY), "TIFF")
+    with Image.open(io.BytesIO(data)) as image:
+        start = image.tag_v2[273][0]
+    high, low = (GREY.reshape(-1, 2) >> 4).astype(np.uint32).T
+    packed = (high << 12 | low).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    entry = struct.pack("<HHI", 258, 3, 1)
+    assert data.count(entry) == 1
+    at = data.index(entry) + 8
+    data = data[:at] + b"\x0c" + data[at + 1 :]
+    return data[:start] + packed + data[start + len(packed) :]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM", "TIFF big-endian", "TIFF 12 bits"])
+def test_grey_of_16_bits_becomes_8_and_not_white(form):
+    if form == "TIFF big-endian":
+        data = encode(Image.frombytes("I;16B", (40, 30), GREY.astype(">u2").tobytes()), "TIFF")
+    else:
+        data = grey_12_bit_tiff() if form == "TIFF 12 bits" else encode(Image.fromarray(GREY), form)
+    stored, suffix = convert(data, Conversion())
+    assert suffix == "png" and decode(stored).mode == "L"
+    np.testing.assert_array_equal(np.asarray(decode(stored)), GREY >> 8)
+    small, _ = convert(data, Conversion("shortest:15", exif_rotate=True))
+    assert decode(small).mode == "L" and decode(small).size == (20, 15)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_unknown_range_are_bad(kind):
+    with pytest.raises(ValueError, match="no saying which value is white; save it with 8 or 16 bits"):
+        convert(encode(Image.fromarray(GREY.astype(kind)), "TIFF"), Conversion())
 
 
 @pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"", lambda d: b"GIF89a", lambda d: d[2:]])

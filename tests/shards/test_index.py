@@ -276,6 +276,13 @@ def test_started_again_it_reads_only_what_is_missing(copy, monkeypatch):
     assert not list(copy.glob(".*"))
 
 
+def test_a_killed_worker_is_an_error_and_no_hang(shards, tmp_path):
+    """What kills it is the shard's own command, as the kernel does when memory runs out."""
+    kill = "pipe:kill -9 $PPID; sleep 1"
+    done = mae_dist("index", kill, f"pipe:cat {shards}/train-00000.tar", "--out", tmp_path, "--workers", 2, check=False)
+    assert done.returncode == 2 and "error: one of 2 processes was killed" in done.stderr
+
+
 def test_a_command_that_fails_is_a_broken_shard(shards, tmp_path):
     with pytest.raises(UserError, match="ended with status 3"):
         index([f"pipe:cat {shards}/train-00000.tar; exit 3"], tmp_path / "out")

@@ -10,6 +10,8 @@ import pytest
 
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest
+from mae_dist.shards.index import index
+from mae_dist.shards.inputs import recognise
 from mae_dist.shards.store import LocalStore
 from mae_dist.shards.write import shard
 from tests.conftest import write_images
@@ -128,6 +130,39 @@ def test_tars_of_somebody_else(folders, tmp_path):
     assert len(set(names)) == 10
 
 
+def test_labels_are_those_that_index_finds(folders, tmp_path):
+    """.cls before .json; what is no label there is none."""
+    data = [path.read_bytes() for path in sorted(folders.rglob("*.JPEG"))]
+    notes = [
+        {"label": 3, "cls": 4},
+        {"cls": 5},
+        {"label": "cat"},
+        {"label": 10**12},
+        {"label": 10**30},
+        {"label": 1},
+        {"label": 6},
+    ]
+    members = {"5.cls": b"2"}
+    for i, note in enumerate(notes):
+        members |= {f"{i}.jpg": data[i], f"{i}.json": json.dumps(note).encode()}
+    members |= {"2.boxes.json": b'{"label": 8}', "6.JSON": members.pop("6.json")}
+    tar = tar_of(tmp_path / "x.tar", dict(sorted(members.items())))
+    manifest = shard(tar, tmp_path / "out")
+    assert pairs(manifest) == sorted(zip(data, [3, 5, -1, 10**12, -1, 2, 6], strict=False))
+    assert pairs(manifest) == pairs(index([str(tar)]).manifest)
+    assert len(manifest.classes) < 100
+
+
+def test_class_tars_keep_their_own_labels_whatever_their_json_says(folders, tmp_path):
+    data = (folders / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").read_bytes()
+    (tmp_path / "in").mkdir()
+    for wnid in WNIDS:
+        tar_of(
+            tmp_path / "in" / f"{wnid}.tar", {"a.jpg": data, "a.json": b'{"label": 9}', "b.jpg": data, "b.json": b"{}"}
+        )
+    assert pairs(shard(tmp_path / "in", tmp_path / "out")) == [(data, i) for i in (0, 0, 1, 1, 2, 2)]
+
+
 @pytest.mark.parametrize(("cut", "left"), [("header", 4), ("data", 4)])
 def test_a_tar_that_is_cut_short_is_bad_input_and_no_smaller_data_set(folders, tmp_path, cut, left):
     data = [path.read_bytes() for path in sorted(folders.rglob("*.JPEG"))]
@@ -193,6 +228,8 @@ def test_parquet_without_labels_and_a_row_without_bytes(folders, tmp_path):
         (lambda d: (d / "a.parquet").write_bytes(b"no"), "not a parquet file"),
         (lambda d: tar_of(d / "a.tar", {"a.txt": b""}), "no images in it"),
         (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"cat"}), "b'cat' is no class number"),
+        (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"9" * 30}), "is no class number"),
+        (lambda d: tar_of(d / "a.tar", {"b.jpg": b"", "a.jpg": b"", "./a.jpg": b"x"}), "a.tar: holds 'a.jpg' twice"),
         (lambda d: (d / "a.tar").write_bytes(b"no tar" * 200), "a.tar"),
         (lambda d: (tar_of(d / "a.tar", {}), (d / "b.jpg").touch()), "side by side"),
         (lambda d: (tar_of(d / "a.tar", {}), (d / "class").mkdir()), "side by side"),
@@ -212,3 +249,37 @@ def test_the_shuffle_is_one_of_all_images(tmp_path):
     for i in range(3):
         counts = np.bincount(np.load(manifest.index_path(i))[:, 2], minlength=3)
         assert (abs(counts - 100 / 3) < 5 * np.sqrt(100 / 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["train/cat/a.jpg", "val/cat/a.jpg"], r"holds the splits train, val, not class folders; .* '.*/in/train'"),
+        (["train/cat/a.jpg", "meta/x.txt"], r"holds the split train, not class folders; .*/in/train'"),
+        (["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"], r"holds the splits train, val; .*\*train\*\.tar'"),
+        (["train-0.tar", "val-0.tar"], "holds the splits train, val;"),
+        (["train-0.tar", "test-0.tar"], "holds the splits train, test;"),
+    ],
+)
+def test_splits_side_by_side_are_not_mixed(tmp_path, names, says):
+    for name in names:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".tar":
+            tar_of(path, {f"{path.stem}.jpg": b"x"})
+        else:
+            path.touch()
+    with pytest.raises(UserError, match=says):
+        recognise(str(tmp_path / "in"))
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path):
+    for name in ("car", "train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    assert recognise(str(tmp_path)).classes == ["car", "train", "val"]
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in ("train-interval-0.tar", "train-interval-1.tar"):
+        tar_of(tars / name, {f"{name}.jpg": b"x"})
+    assert len(recognise(str(tars)).containers) == 2

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from mae_dist.errors import UserError
-from mae_dist.shards import publish
+from mae_dist.shards import download, publish
 from mae_dist.shards.write import shard
 from tests.conftest import mae_dist
 
@@ -95,28 +95,68 @@ def test_the_manifest_is_uploaded_last(memory, images, tmp_path, monkeypatch):
     assert names[-1] == "manifest.json" and len(names) == len(set(names)) >= 4
 
 
-def test_a_bad_image_leaves_nothing_remote_either(memory, images, tmp_path):
+def test_a_bad_image_leaves_what_is_uploaded_to_go_on_from(memory, images, tmp_path):
     (tmp_path / "in").mkdir()
     for i, path in enumerate(sorted(images.rglob("*.jpg"))):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(path.read_bytes() if i != 20 else b"")
-    with pytest.raises(UserError, match=r"20\.jpg"):
+    with pytest.raises(UserError, match=r"20\.jpg.* the same command then goes on"):
         shard(tmp_path / "in", memory, shard_size=3, aside=tmp_path / "aside")
-    assert not fsspec.filesystem("memory").find("/out")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert "manifest.json" not in remote_content(memory)
+    assert shard(tmp_path / "in", memory, shard_size=3, aside=tmp_path / "aside", max_bad=1).num_samples == 45
+    shard(tmp_path / "in", tmp_path / "undisturbed", shard_size=3, max_bad=1)
+    assert remote_content(memory) == {p.name: p.read_bytes() for p in (tmp_path / "undisturbed").iterdir()}
 
 
-def test_a_hiccup_of_the_server_is_tried_again(memory, tmp_path, monkeypatch):
+class ConnectionLost(Exception):
+    """As botocore's errors: no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError("503 slow down"), ConnectionLost("no route")])
+def test_a_hiccup_of_the_server_is_tried_again(memory, tmp_path, monkeypatch, error):
     system = fsspec.filesystem("memory")
-    monkeypatch.setattr(publish, "PAUSE", 0.0)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
     honest, calls = type(system).put_file, []
 
     def hiccup(self, source, target, **options):
         calls.append(target)
         if len(calls) < 3:
-            raise OSError("503 slow down")
+            raise error
         return honest(self, source, target, **options)
 
     monkeypatch.setattr(type(system), "put_file", hiccup)
     (tmp_path / "x").write_bytes(b"bytes")
     publish.upload(tmp_path / "x", memory)
     assert remote_content(memory) == {"x": b"bytes"} and len(calls) == 3
+
+
+@pytest.mark.parametrize(("error", "tries"), [(ConnectionLost("no route"), 8), (PermissionError("no"), 3)])
+def test_a_server_that_stays_away_is_one_line(memory, tmp_path, monkeypatch, error, tries):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", fails)
+    (tmp_path / "x").write_bytes(b"bytes")
+    with pytest.raises(UserError, match=f"memory://out/train/x: cannot be uploaded, tried {tries} times, .*{error}"):
+        publish.upload(tmp_path / "x", memory)
+
+
+@pytest.mark.parametrize("action", ["ls", "makedirs"])
+@pytest.mark.parametrize("error", [PermissionError("Access Denied"), ConnectionLost("no credentials")])
+def test_a_place_that_lets_nobody_in_is_one_line(memory, images, tmp_path, monkeypatch, action, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), action, fails)
+    with pytest.raises(UserError, match=f"memory://out/train: {type(error).__name__}: {error}; look at the place"):
+        shard(images, memory, aside=tmp_path / "aside")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parent_where_nothing_can_be_made_is_one_line(images, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out", "/proc/out"):
+        with pytest.raises(UserError, match=f"{out}.*; look at the place"):
+            shard(images, out)
+    with pytest.raises(UserError, match=r"file/aside: NotADirectoryError"):
+        shard(images, "memory://out/train", aside=tmp_path / "file" / "aside")

@@ -1,5 +1,6 @@
 """Killed, split over machines, started twice: the same bytes in the end, and OUT is whole or not there."""
 
+import errno
 import fcntl
 import json
 import os
@@ -75,6 +76,42 @@ def test_a_restart_writes_only_what_is_missing(images, tmp_path):
     for path, written in kept.items():
         now = (out / path.name).stat().st_mtime_ns
         assert (now == written) == ("00000" in path.name), path.name
+
+
+@pytest.mark.parametrize("leads_to", ["empty", "nothing"])
+def test_out_may_be_a_link(images, shards, tmp_path, leads_to):
+    if leads_to == "empty":
+        (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    assert shard(images, tmp_path / "out", shard_size=10).num_samples == 46
+    assert (tmp_path / "out").is_symlink()
+    assert content(tmp_path / "there") == content(shards)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "there"]
+
+
+def test_out_may_be_a_mount_point_and_killed_there_while_it_is_filled(images, shards, tmp_path, monkeypatch):
+    out, honest = tmp_path / "out", Path.rename
+    (out / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)  # a real one takes rights that tests lack
+
+    def no_rename_of_a_mount_point(path, target):
+        if Path(target) == out:
+            raise OSError("Device or resource busy")
+        if Path(target) == out / "train-00003.tar":
+            raise KeyboardInterrupt
+        return honest(path, target)
+
+    monkeypatch.setattr(Path, "rename", no_rename_of_a_mount_point)
+    with pytest.raises(KeyboardInterrupt):
+        shard(images, out, shard_size=10)
+    assert not (out / "manifest.json").exists()
+    monkeypatch.setattr(Path, "rename", honest)
+    monkeypatch.setattr(write, "write_shard", lambda *_: 1 / 0)  # none is made twice
+    (out / "lost+found").rmdir()
+    for _ in range(2):  # the second finds that all is done
+        assert shard(images, out, shard_size=10).num_samples == 46
+        assert content(out) == content(shards)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_other_settings_do_not_go_on_with_an_unfinished_start(images, tmp_path):
@@ -158,11 +195,65 @@ def test_too_many_bad_images_in_a_part_leave_the_other_parts_their_work(images, 
     shutil.copytree(images, copy)
     for path in copy.rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(UserError, match=r"unreadable image .*--max-bad N; what is written stays in .*out.partial"):
+    with pytest.raises(
+        UserError, match=r"\d+ unreadable images: .*--max-bad N .* finished shards stay in .*out.partial"
+    ):
         shard(copy, tmp_path / "out", shard_size=10, part=(1, 2), max_bad=3)
     with pytest.raises(UserError, match="none of the 46 images is readable"):
         shard(copy, tmp_path / "out", shard_size=10, max_bad=100)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_after_too_many_bad_images_the_same_command_goes_on(images, tmp_path, mended):
+    """With a higher --max-bad, or with the images mended: the bytes of a run that nothing disturbed."""
+    copy, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(images, copy)
+    bad = [copy / "class_0" / f"{i:03d}.jpg" for i in range(5)]
+    for path in bad:
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"\d+ unreadable images?: .*/in/class_0/00\d.jpg: .*--max-bad N"):
+        shard(copy, out, shard_size=2)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial" / "shards").glob("*.tar")}
+    listed = (tmp_path / "out.partial" / "bad_images.txt").read_text()
+    assert kept and "/in/class_0/00" in listed
+    if mended:
+        for path in bad:
+            shutil.copy(images / "class_0" / path.name, path)
+    shard(copy, out, shard_size=2, max_bad=0 if mended else 5)
+    if mended:
+        shard(images, tmp_path / "undisturbed", shard_size=2)
+    else:
+        shard(copy, tmp_path / "undisturbed", shard_size=2, max_bad=5)
+        assert all((out / path.name).stat().st_mtime_ns == written for path, written in kept.items())
+    found, expected = content(out), content(tmp_path / "undisturbed")
+    found.pop("recipe.json"), expected.pop("recipe.json")  # says where the images lay
+    assert found == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ESTALE])
+def test_storage_that_fails_is_no_bad_image(images, shards, tmp_path, monkeypatch, failure):
+    honest = Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if path == images / "class_0" / "003.jpg":
+            raise OSError(failure, os.strerror(failure), str(path))
+        return honest(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(UserError, match=r"\[Errno .*class_0/003.jpg'; start the same command again to go on"):
+        shard(images, tmp_path / "out", shard_size=10, max_bad=46)
+    monkeypatch.undo()
+    shard(images, tmp_path / "out", shard_size=10, max_bad=46)
+    assert content(tmp_path / "out") == content(shards)
+
+
+def test_a_broken_link_is_a_bad_image(images, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    (tmp_path / "in" / "class_0" / "x.jpg").symlink_to("nowhere")
+    assert shard(tmp_path / "in", tmp_path / "out", max_bad=1).num_samples == 46
+    assert "class_0/x.jpg" in (tmp_path / "out" / "bad_images.txt").read_text()
 
 
 def test_without_a_terminal_progress_is_json_lines(images, tmp_path):

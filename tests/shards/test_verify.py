@@ -92,6 +92,14 @@ def test_a_key_of_two_shards_is_named(images, tmp_path):
     assert all("the key is in" in problem.what for problem in found)
 
 
+def test_a_killed_worker_is_an_error_and_no_hang(shards, copy):
+    manifest = Manifest.load(copy)
+    entries = [replace(manifest.shards[0], name="pipe:kill -9 $PPID; sleep 1", index="train-00000.idx.npy")]
+    replace(manifest, shards=[*entries, *manifest.shards[1:]]).save()
+    done = mae_dist("verify", copy, "--workers", 2, check=False)
+    assert done.returncode == 2 and "error: one of 2 processes was killed" in done.stderr
+
+
 def test_usage_mistakes_are_status_2(tmp_path):
     done = mae_dist("verify", tmp_path, check=False)
     assert done.returncode == 2 and "no manifest.json here" in done.stderr
