@@ -8,7 +8,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from mae_dist.data.turbojpeg import decompressor
-from mae_dist.shards.convert import open_image
+from mae_dist.shards.convert import bits_beyond_8, eight_bits, open_image
 
 COLORSPACES = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -46,6 +46,8 @@ def decode(
             return pixels
     with open_image(data) as image:
         _refuse_bomb(image.height, image.width, max_pixels)
+        deep = bits_beyond_8(image)
+        image = eight_bits(image, deep) if deep else image
         pixels = np.array(image.convert(MODES[channels]))
     return cut(pixels if pixels.ndim == 3 else pixels[..., None], choose)
 

@@ -69,10 +69,7 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
         deep = bits_beyond_8(image)
         if not turned and size == upright.size and kind in KEPT_AS_IS and image.mode != "CMYK" and not deep:
             return data, KEPT_AS_IS[kind]
-        if deep:
-            pixels = Image.fromarray((np.asarray(upright) >> deep).astype(np.uint8))
-        else:
-            pixels = upright.convert(plain_mode(upright))
+        pixels = eight_bits(upright, deep) if deep else upright.convert(plain_mode(upright))
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)  # PIL's is antialiased
     out = io.BytesIO()
@@ -93,6 +90,11 @@ def bits_beyond_8(image: Image.Image) -> int:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, and no saying which value is white; save it with 8 or 16 bits")
     return 0
+
+
+def eight_bits(image: Image.Image, deep: int) -> Image.Image:
+    """Grey of 8 bits, from `deep` bits more; `convert` would clip it to white."""
+    return Image.fromarray((np.asarray(image) >> deep).astype(np.uint8))
 
 
 def plain_mode(image: Image.Image) -> str:

@@ -210,6 +210,7 @@ class Checkpoints:
         """What every rank says of its files."""
         missing, deadline = {share_name(rank) for rank in range(self.world.size)}, time.monotonic() + patience
         words: dict[str, dict] = {}
+        over = False
         while True:
             for name in sorted(missing & {path.name for path in aside.iterdir()}):
                 words[name] = json.loads((aside / name).read_text())
@@ -218,10 +219,13 @@ class Checkpoints:
             missing -= words.keys()
             if not missing:
                 return words
-            if abort.wait(LOOK) or time.monotonic() > deadline:
+            if over:
                 ranks = ", ".join(str(int(name[5:10])) for name in sorted(missing))
                 waited = "" if abort.is_set() else f" after {patience:.0f} s"
                 raise OSError(f"{aside}: no files from rank {ranks}{waited}")
+            over = (
+                abort.wait(LOOK) or time.monotonic() > deadline
+            )  # then one more look: the word may have come meanwhile
 
     def discard(self, step: int, why: str = "") -> None:
         """Delete what was written for `step`. Other ranks, with `why`: their own files alone, and tell rank 0 why.

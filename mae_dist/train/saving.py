@@ -55,11 +55,11 @@ class Write(threading.Thread):
                 self.bytes = checkpoints.commit(self.step, self.meta, self.abort, self.patience)
                 checkpoints.retire()
         except Exception as error:
+            self.snapshot = None
+            self._tell(error)  # before the ranks learn of it and rank 0 stops looking for why
             # The traceback of a full disk says nothing, and keeps the snapshot alive.
             self.error = error.with_traceback(None) if isinstance(error, OSError) else error
-            self.snapshot = None
             self.written.set()
-            self._tell(error)
         self.seconds = time.perf_counter() - began
 
     def _tell(self, error: Exception) -> None:

@@ -47,6 +47,14 @@ def test_grey_and_cmyk_jpegs():
     assert decode(encode(SMOOTH.convert("CMYK"), "JPEG")).shape == (30, 40, 3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_grey_of_16_bits_is_not_clipped_to_white(form, channels):
+    deep = np.arange(0, 2**16, 2**6, dtype=np.uint16).reshape(32, 32)
+    pixels = decode(encode(Image.fromarray(deep), form), channels)
+    np.testing.assert_array_equal(pixels, np.repeat((deep >> 8)[..., None], channels, axis=2))
+
+
 @pytest.mark.parametrize("keep", [0, 3, 200, 0.5, 0.95])
 def test_truncated_data_raises(keep):
     data = encode(SMOOTH, "JPEG")

@@ -236,6 +236,11 @@ def _one_cannot_write(world, root, which):
             write(self, directory)
             raise OSError(28, "No space left on device", str(directory))
 
+        def slowly(step, why=""):
+            time.sleep(0.3)
+            discard(step, why)
+
+        discard, saver.checkpoints.discard = saver.checkpoints.discard, slowly
         Snapshot.write = full
     saver.save(2, {}, wait=False)  # goes on
     for step in (3, 4):
