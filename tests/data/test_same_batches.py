@@ -70,8 +70,10 @@ def test_resumed_at_random_steps_at_other_world_sizes(uneven):
     for _ in range(3):
         stops = [0, *sorted(rng.choice(np.arange(1, 9), 5, replace=False).tolist()), 9]
         read, said = [], []
-        for begin, end in pairwise(stops):
-            world_size, workers = int(rng.choice([1, 2, 3, 4, 6, 12])), int(rng.integers(0, 3))
+        for (begin, end), world_size in zip(
+            pairwise(stops), rng.permutation([1, 2, 3, 4, 6, 12]).tolist(), strict=True
+        ):
+            workers = int(rng.integers(0, 3))
             read += batches(uneven, world_size, workers, start=begin, count=end - begin)
             said.append(f"[{begin}, {end}) world {world_size} workers {workers}")
         print("\n" + "; ".join(said), end="")
