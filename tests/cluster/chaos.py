@@ -177,7 +177,8 @@ def main() -> int:
     engine += [f"--engine.zero_stage={given.zero}"] if given.zero is not None else []
     folder = given.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     kinds = [kind for kind in given.kinds if kind != "disk full" or can_mount()]
-    kinds = [kind for kind in kinds if kind != "link cut" or can_make_nodes()]
+    halves = given.ranks % 2 == 0 and can_make_nodes()
+    kinds = [kind for kind in kinds if kind != "link cut" or halves]
     faults, failed = [], 0
     try:
         shards = make_shards(folder)
