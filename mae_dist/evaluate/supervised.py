@@ -38,7 +38,7 @@ from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 
 SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
-CROP_SCALE = (0.08, 1.0)  # of both recipes; pretraining's is another
+CROP_SCALE = (0.08, 1.0)  # of both recipes; the probe's official code draws one crop, and clips it
 CROPS = ("mean", "std", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
 SHARDS = ("shards", "val_shards", "cache_dir", "cache_bytes", "workers", "lanes", "window", "max_bad_fraction")
 
@@ -67,7 +67,8 @@ def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: fl
     own = {f"data.{key}": getattr(run.data, key) for key in (*CROPS, *SHARDS)}
     own |= {f"track.{key}": getattr(track, key) for key in ("mlflow", "experiment", "tracking_uri")}
     own |= {f"train.{key}": getattr(run.train, key) for key in ("precision", "device")}
-    own |= {"train.global_batch_size": batch, "train.epochs": epochs, "data.crop_scale": CROP_SCALE}
+    own |= {"train.global_batch_size": batch, "train.epochs": epochs}
+    own |= {"data.crop_scale": CROP_SCALE, "data.crop_clip": kind is LinearConfig}
     own |= {"train.runs_dir": str(pretrained.run_dir / EVALUATIONS), "train.name": name}
     config = configs.load(spread, prog, kind, own)
     config.check(run.model.in_chans)

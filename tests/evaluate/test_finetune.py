@@ -221,6 +221,7 @@ def test_crops_are_the_recipes_and_else_the_runs(tmp_path):
         ):
             _, config = load(kind, name, [str(tmp_path / "run"), *more], batch=16, epochs=1)
             assert (config.data.crop_scale, config.data.crop_ratio) == (scale, (0.9, 1.1))
+            assert config.data.crop_clip == (name == "linear")
 
 
 def test_mixup_needs_pairs():
