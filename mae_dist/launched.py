@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -29,8 +30,9 @@ def leave(status: int) -> NoReturn:
     thread of the collectives may still drop the last reference to a tensor, for which it asks for the interpreter's
     lock; while the interpreter is going down, that is SIGABRT, "terminate called without an active exception".
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more, or the disk is full
+            stream.flush()
     if "WORLD_SIZE" in os.environ:
         os._exit(status)
     sys.exit(status)

@@ -91,8 +91,9 @@ class BadSamples:
         if size != self._size:
             self._size, self._found = size, {}
             for bad in self._lines():  # shards may have moved: then a sample has two lines
-                name = bad["sample"] if "sample" in bad and "position" in bad else bad["where"]
-                self._found[name] = min(bad.get("position", -1), self._found.get(name, bad.get("position", -1)))
+                place, trained = bad.get("position", -1), "position" in bad
+                name = bad.get("sample", bad["where"]) if trained else bad["where"].rpartition("/")[2]
+                self._found[name] = min(place, self._found.get(name, place))
         return sum(read is None or position < read for position in self._found.values())
 
     def _lines(self) -> Iterator[dict]:
@@ -109,8 +110,8 @@ class BadSamples:
         more = f"; and {found - len(named)} more in {self.path}" if found > len(named) else f"; listed in {self.path}"
         raise UserError(
             f"{found} bad samples among {read} read, more than data.max_bad_fraction {self.fraction} allows "
-            f"({self.allowed(read)}): {listing}{more}. Make these shards again, or allow more and go on: "
-            f"--data.max_bad_fraction {min(1, found / read * 2):.1g}"
+            f"({self.allowed(read)}): {listing}{more}. Mend these shards and remove that file, or allow more and go "
+            f"on: --data.max_bad_fraction {min(1, found / read * 2):.1g}"
         )
 
     def allowed(self, read: int) -> int:

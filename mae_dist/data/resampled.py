@@ -165,8 +165,8 @@ class Views(IterableDataset):
         count = stream.global_batch_size // stream.world_size // stream.accumulate
 
         def listed(bad: BadSample, shard: str) -> None:
-            if stream.bad:
-                stream.bad.add(bad, position=first, shard=shard)
+            if stream.bad:  # workers take turns
+                stream.bad.add(bad, position=first + here * count * stream.world_size, shard=shard)
 
         seed = f"{stream.seed} {stream.start} {process}"
         images = stream.source.images(Patience(stream.source.pattern), seed, listed)

@@ -191,6 +191,8 @@ def fit(session: Session, journal: Journal | None) -> None:
     agreement = Agreement(session.world)
     progress = Progress(session.start, session.total)
     epoch_steps = session.num_samples / config.global_batch_size
+    if session.start == 0:
+        score(session, 0, journal)  # also: test images that cannot be read are an error now, not after hours
     for k in range(session.start, session.total):
         for micro in range(session.accumulate):
             batch = next(feed)
@@ -200,7 +202,7 @@ def fit(session: Session, journal: Journal | None) -> None:
         feed.waited, session.stop.begun = 0.0, True
         done, last = k + 1, k + 1 == session.total
         if last or done % config.log_every == 0:
-            read = done * config.global_batch_size
+            read = done * config.global_batch_size // session.config.data.repeated_aug
             found, rate = session.bad.count(read), session.stream.worker_rate()
             reading = meters.sync(session.schedule.lr(k), done / epoch_steps, found, rate)
             if journal:
@@ -210,15 +212,20 @@ def fit(session: Session, journal: Journal | None) -> None:
             session.bad.check(reading.bad_samples, read)
         began = time.perf_counter()
         if last or done % config.eval_every == 0:
-            scores = accuracy(session)
-            if journal:
-                journal.write({"kind": "metrics", "step": done, "metrics": scores})
-                print(f"step {done}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()), flush=True)
+            score(session, done, journal)
         if last or stop or done % config.save_every == 0:
             session.saver.save(done, session.meta, wait=bool(last or stop))
         meters.pause(time.perf_counter() - began)
         if stop and not last:
             raise Stopped(stop, done)
+
+
+def score(session: Session, step: int, journal: Journal | None) -> None:
+    """Measure after `step` updates, and say it. Collective."""
+    scores = accuracy(session)
+    if journal:
+        journal.write({"kind": "metrics", "step": step, "metrics": scores})
+        print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()), flush=True)
 
 
 @torch.no_grad()
@@ -232,6 +239,9 @@ def accuracy(session: Session) -> dict[str, float]:
     normalise = Normalise(session.config.data, world.device)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     data, bad = session.config.data, BadSamples(session.bad.path.parent / "test", session.bad.fraction)
+    if world.is_main:
+        bad.path.unlink(missing_ok=True)  # they may have been mended
+    world.barrier()
     for batch in evaluation_batches(session.test, session.size, data, batch_size, world.rank, world.size, bad):
         images, labels = (tensor.to(world.device) for tensor in (batch.images, batch.labels))
         logits = learner.predict(normalise(images)).float()

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -47,15 +48,26 @@ def in_processes(
 
 
 def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """Results in the order of the jobs. Raises as `in_processes`."""
+    """Results in the order of the jobs, which only read: when they are not wanted any more they are not waited for.
+
+    Raises as `in_processes`.
+    """
     if workers <= 1 or len(jobs) <= 1:
         yield from map(work, jobs)
         return
-    pool = _pool(workers)
+    todo, pool = iter(jobs), _pool(workers)
     try:
-        yield from pool.map(work, jobs)
+        ahead = deque(pool.submit(work, job) for job in islice(todo, workers * QUEUED))
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(pool.submit(work, job) for job in islice(todo, 1))
+            yield result
     except BrokenProcessPool as error:
         raise killed(workers) from error
+    except BaseException:  # Ctrl-C, or the reader has seen enough
+        for process in list(pool._processes.values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

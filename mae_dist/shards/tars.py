@@ -156,5 +156,5 @@ def integer_label(files: Mapping[str, bytes]) -> int:
         values = json.loads(files["json"]) if "json" in files else {}
         found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
         return found if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 1 << 63 else -1
-    except ValueError:
+    except (ValueError, RecursionError):
         return -1

@@ -129,7 +129,7 @@ def shard(
         with place.lock(f"part-{part[0]}-of-{part[1]}", timeout=0):
             plan = prepare(place, wanted, workers)
             carry_out(place, plan, workers, max_bad, part, ray)
-            return finish(place, plan)
+            return finish(place, plan, max_bad, part)
     except Timeout:
         raise UserError(
             f"{place.aside}: another mae-dist shard is at work here; wait for it, or write --part"
@@ -187,15 +187,15 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
 
 
 def carry_out(place: Place, plan: Plan, workers: int, max_bad: int, part: tuple[int, int], ray: str) -> None:
-    """Write the shards of this part that are missing. Raises UserError beyond `max_bad` unreadable images."""
-    done = already_done(place.aside, plan, place.out)
+    """Write the shards of this part that are missing. Raises UserError beyond `max_bad` unreadable images in them."""
+    every = already_done(place.aside, plan, place.out)
+    mended = len(all_bad(plan, every)) > max_bad  # perhaps: shards with unreadable images are made again
     mine = range(part[0], plan.num_shards, part[1])
-    if len(all_bad(plan, done)) > max_bad:  # they may have been mended since: those shards are made again
-        done = {i: record for i, record in done.items() if not (record.bad and i in mine)}
+    done = {i: record for i, record in every.items() if i in mine and not (mended and record.bad)}
     missing = [i for i in mine if i not in done]
     bad = all_bad(plan, done)
     total = sum(min(plan.recipe.shard_size, plan.count - i * plan.recipe.shard_size) for i in mine)
-    progress = Progress(f"shard {Path(place.out).name}", total, sum(done[i].images for i in mine if i in done))
+    progress = Progress(f"shard {Path(place.out).name}", total, sum(record.images for record in done.values()))
     work = partial(write_shard, place.aside, place.out if place.remote else "")
     results = on_ray(work, missing, ray) if ray else in_processes(work, missing, workers)
     try:
@@ -236,8 +236,11 @@ def too_many_bad(place: Place, plan: Plan, part: tuple[int, int]) -> UserError:
     )
 
 
-def finish(place: Place, plan: Plan) -> Manifest | None:
-    """Complete OUT if every shard is there, whichever part wrote it. None: other parts have not ended yet."""
+def finish(place: Place, plan: Plan, max_bad: int, part: tuple[int, int]) -> Manifest | None:
+    """Complete OUT if every shard is there, whichever part wrote it. None: other parts have not ended yet.
+
+    Raises UserError beyond `max_bad` unreadable images in all of them.
+    """
     with place.lock():
         if Plan.load(place.plan) is None:
             raise FileNotFoundError(f"{place.plan}: gone")
@@ -250,6 +253,8 @@ def finish(place: Place, plan: Plan) -> Manifest | None:
         if not shards:
             place.remove()
             raise UserError(f"{plan.recipe.images}: none of the {plan.count} images is readable, such as {bad[0]}")
+        if len(bad) > max_bad:
+            raise too_many_bad(place, plan, part)
         manifest = complete(place, plan, shards, bad)
         place.remove()
         return manifest

@@ -223,9 +223,8 @@ class Checkpoints:
                 ranks = ", ".join(str(int(name[5:10])) for name in sorted(missing))
                 waited = "" if abort.is_set() else f" after {patience:.0f} s"
                 raise OSError(f"{aside}: no files from rank {ranks}{waited}")
-            over = (
-                abort.wait(LOOK) or time.monotonic() > deadline
-            )  # then one more look: the word may have come meanwhile
+            # Then one more look: the word may have come meanwhile.
+            over = abort.wait(LOOK) or time.monotonic() > deadline
 
     def discard(self, step: int, why: str = "") -> None:
         """Delete what was written for `step`. Other ranks, with `why`: their own files alone, and tell rank 0 why.

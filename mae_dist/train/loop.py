@@ -54,7 +54,7 @@ class Run:
     health: Health
     watch: Watchdog
     evaluate_first: list[Validation | KnnWatch]
-    """What the step it goes on from was saved without, because a signal came."""
+    """What was due after the step it goes on from and is not there: a signal came, or it is newly asked for."""
 
 
 def train(run: Run) -> None:

@@ -1,5 +1,6 @@
 """What is measured between two log lines, on the device until the line is due."""
 
+import math
 import time
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Meters:
 
     def _restart(self) -> None:
         zero = torch.zeros((), device=self.world.device)
-        self.loss, self.loss_max, self.grad_norm, self.worst_row = zero, zero, zero, zero
+        self.loss, self.loss_max, self.grad_norm, self.worst_row = zero, zero - math.inf, zero, zero
         self.good = zero
         self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
 
@@ -43,7 +44,7 @@ class Meters:
         good = result.skipped == 0
         self.good = self.good + good
         self.loss = self.loss + torch.where(good, result.loss, 0.0)
-        self.loss_max = torch.maximum(self.loss_max, torch.where(result.loss.isfinite(), result.loss, 0.0))
+        self.loss_max = torch.maximum(self.loss_max, torch.where(result.loss.isfinite(), result.loss, -math.inf))
         self.grad_norm = torch.where(good, result.grad_norm, self.grad_norm)
         self.health.note(result)
         self.worst_row = torch.maximum(self.worst_row, self.health.counters["skipped_in_row"])
@@ -62,7 +63,7 @@ class Meters:
         ).tolist()
         metrics = {
             "loss/train": loss,
-            "loss/train_max": loss_max,
+            "loss/train_max": loss_max if math.isfinite(loss_max) else math.nan,
             "optim/lr": lr,
             "optim/grad_norm": norm,
             "optim/skipped": skipped,

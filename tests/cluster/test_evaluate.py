@@ -15,7 +15,7 @@ from mae_dist.cli import COMMANDS
 from mae_dist.errors import UserError
 from mae_dist.train.checkpoint import committed
 from mae_dist.train.stop import SIGNALS
-from tests.conftest import TINY, mae_dist
+from tests.conftest import TINY, losses, mae_dist
 from tests.data.test_bad import corrupt
 
 pytestmark = pytest.mark.dist
@@ -179,13 +179,17 @@ def test_mistakes_are_said_in_a_line(pretrained, arguments, says, handlers):
 
 
 def test_unreadable_test_images_have_a_limit(run, shards, tmp_path, handlers):
-    """Whatever the training images are like, and however often the command is started."""
+    """Before the first step, whatever the training images are like, however often the command is started."""
     broken = corrupt(shards, tmp_path / "broken", range(0, 46, 3))
     words = [str(run), f"--data.shards={shards}", f"--data.val_shards={broken}", "--train.global_batch_size=8"]
+    words += ["--train.steps=1", f"--train.runs_dir={tmp_path}", "--train.name=probe"]
     for _ in range(2):
         with pytest.raises(UserError, match=r"16 bad samples among 46 read, .* --data.max_bad_fraction 0.7$"):
-            COMMANDS["linear"]([*words, "--train.steps=1"])
-    assert COMMANDS["linear"]([*words, "--train.steps=1", "--data.max_bad_fraction=0.7"]) == 0
+            COMMANDS["linear"](words)
+    assert not losses(tmp_path / "probe")
+    for path in shards.glob("*.tar"):  # mended
+        shutil.copy(path, broken)
+    assert COMMANDS["linear"](words) == 0
 
 
 def test_evaluations_are_children_of_the_run_in_mlflow(run, monkeypatch):

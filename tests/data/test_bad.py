@@ -185,6 +185,9 @@ def test_samples_of_shards_that_moved_count_once(tmp_path):
         bad = BadSample(f"{place}/shard: sample 7 (bytes 0 to 9)", "broken")
         BadSamples(tmp_path, 0).add(bad, sample=7, epoch=epoch, position=7 + 100 * epoch)
     assert BadSamples(tmp_path, 0).count() == 1 == BadSamples(tmp_path, 0).count(8)
+    for place in ("old", "new"):  # of an evaluation
+        BadSamples(tmp_path, 0).add(BadSample(f"{place}/val: sample 7 (bytes 0 to 9)", "broken"), sample=7, epoch=0)
+    assert BadSamples(tmp_path, 0).count() == 2
 
 
 def test_the_advice_is_a_share(tmp_path):

@@ -4,11 +4,12 @@ import hashlib
 import json
 import tarfile
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mae_dist.data import BadSamples, DataConfig, open_sources
+from mae_dist.data import BadSamples, DataConfig, open_sources, resampled
 from mae_dist.data.resampled import NOTICE, ResampledStream
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
@@ -80,6 +81,21 @@ def test_bad_images_are_listed_and_counted(shards, tmp_path, workers):
     (line,) = map(json.loads, bad.path.read_text().splitlines())
     assert line["shard"] == str(tmp_path / "0.tar") and line["key"] == member.name.removesuffix(".jpg")
     assert bad.count(0) == 0 and bad.count(48 * (1 + workers)) == 1
+
+
+def test_a_workers_batches_count_when_their_turn_comes(shards, tmp_path):
+    """Of four workers, each with a bad image, the third makes batches 2, 6, 10, ... of a rank, and so on."""
+    content, _ = zeroed(shards)
+    (tmp_path / "0.tar").write_bytes(content)
+    for here in range(4):
+        bad, found = BadSamples(tmp_path / "run", 1e-4), []
+        bad.add = lambda bad, found=found, **more: found.append(more["position"] // 12)
+        one = stream(tmp_path / "0.tar", bad=bad)
+        worker = SimpleNamespace(id=here, num_workers=4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resampled, "get_worker_info", lambda worker=worker: worker)
+            list(islice(resampled.Views(one), 6))
+        assert found and {batch % 4 for batch in found} == {here} and max(found) <= 5 * 4 + here
 
 
 def test_what_a_client_raises_at_opening_is_said_and_left_out(shards, monkeypatch, capfd):

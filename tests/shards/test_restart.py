@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 
 from mae_dist.errors import UserError
-from mae_dist.shards import write
+from mae_dist.shards import processes, write
 from mae_dist.shards.one_shard import write_shard
 from mae_dist.shards.write import make_recipe, place_of, prepare, shard
 from tests.conftest import mae_dist, write_images
@@ -180,8 +180,6 @@ def test_a_start_killed_between_the_rename_and_tidying_up_is_done(images, shards
 
 
 def test_a_killed_worker_is_an_error_and_no_hang(images, tmp_path, monkeypatch):
-    from mae_dist.shards import processes
-
     with pytest.raises(UserError, match="one of 2 processes was killed"):
         list(processes.in_processes(kill_yourself, [1, 2, 3], workers=2))
 
@@ -202,6 +200,33 @@ def test_too_many_bad_images_in_a_part_leave_the_other_parts_their_work(images, 
     with pytest.raises(UserError, match="none of the 46 images is readable"):
         shard(copy, tmp_path / "out", shard_size=10, max_bad=100)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_parts_are_over_the_limit_together_and_each_makes_its_mended_ones_again(images, tmp_path):
+    """One bad image in each of two parts: neither completes OUT without them, and neither waits for the other."""
+    copy, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(images, copy)
+    whole = shard(copy, tmp_path / "undisturbed", shard_size=1)
+    assert whole
+    stored = [whole.tar_path(i).read_bytes() for i in (0, 1)]  # a shard of each part
+    bad = {path: path.read_bytes() for path in copy.rglob("*.jpg") if any(path.read_bytes() in tar for tar in stored)}
+    for path in bad:
+        path.write_bytes(b"x")
+    assert shard(copy, out, shard_size=1, part=(0, 2), max_bad=1) is None
+    with pytest.raises(UserError, match="2 unreadable images"):
+        shard(copy, out, shard_size=1, part=(1, 2), max_bad=1)
+    for path, data in bad.items():
+        path.write_bytes(data)
+    with pytest.raises(UserError, match="1 unreadable image"):
+        shard(copy, out, shard_size=1, part=(0, 2))
+    assert shard(copy, out, shard_size=1, part=(1, 2)) is not None
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+def test_when_nobody_wants_more_results_in_order_nobody_waits_for_them():
+    results = processes.in_order(time.sleep, [0.0, 0.0, *[1000.0] * 6], workers=2)
+    assert next(results) is None
+    results.close()  # as Ctrl-C does; returns
 
 
 @pytest.mark.parametrize("mended", [False, True])
