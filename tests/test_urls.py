@@ -1,0 +1,38 @@
+"""What is shown of an address holds none of its secrets, and all of the rest."""
+
+import pytest
+
+from mae_dist.urls import has_secret, masked
+
+SECRET = "pl4nted+S3cret=="
+WITH = (
+    "https://user:{}@host:8000/a/b.tar",
+    "https://user:{}/x@host/b.tar",
+    "https://{}@host/b.tar",
+    "postgresql://me:{}@db/mlflow",
+    "https://host/a.tar?X-Amz-Signature={}&X-Amz-Expires=3600",
+    "https://host/a.tar?sv=1&sig={}",
+    "pipe:curl -s -H 'Authorization: Bearer {}' https://host/a.tar",
+    "pipe:curl -H 'X-Api-Key: {}' https://host/a.tar",
+    "pipe:curl -u me:{} https://host/a.tar",
+    "pipe:aws --token {} s3 cp s3://bucket/a.tar -",
+    "pipe:AWS_SECRET_ACCESS_KEY={} aws s3 cp s3://bucket/a.tar -",
+    "pipe:SECRET='{} and more' fetch a.tar",
+    "error: https://user:{}@host/a.tar: 403, message='Forbidden', url='https://host/a.tar?token={}'",
+)
+WITHOUT = (
+    "s3://bucket/train-{0000..1023}.tar", "/data/a b/c@d.tar", "pipe:cat /data/a.tar", "https://host:80/a@b.tar", "https://h/a@b",
+    "optim.lr: 3e-4", "mask_token: missing", "spike_sigma=6", "sqlite:////runs/a/mlflow.db", "/data/x?/*.tar",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WITH)
+def test_no_secret_is_shown(text: str):
+    shown = masked(text.replace("{}", SECRET))
+    assert "pl4nted" not in shown and "S3cret" not in shown and "more'" not in shown
+    assert masked(shown) == shown and has_secret(text.replace("{}", SECRET)) and not has_secret(shown)
+
+
+@pytest.mark.parametrize("text", WITHOUT)
+def test_what_is_no_secret_stays(text: str):
+    assert masked(text) == text
