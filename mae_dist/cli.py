@@ -99,8 +99,8 @@ def index(arguments: Sequence[str]) -> int:
     print(f"{manifest.directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, {size / 1e6:.1f} MB")
     if made.without_image:
         print(f"left out: {made.without_image} samples without an image")
-    for bad in made.bad:
-        print(f"left out: {bad}")
+    for line in (*made.notes.lines(), *made.bad):
+        print(f"left out: {line}")
     return 0
 
 
@@ -170,6 +170,8 @@ def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
     print(expected.text(given["workers"]))
     for line in expected.bad:
         print(f"unreadable: {line}")
+    for line in expected.notes:
+        print(f"left out: {line}")
     if warning := expected.warning(ranks, loaders, given["shard_size"]):
         print(warning)
     return 0

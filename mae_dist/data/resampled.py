@@ -25,7 +25,8 @@ from mae_dist.data.options import DataConfig
 from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
-from mae_dist.shards.index import IMAGE_SUFFIXES, expand, integer_label
+from mae_dist.shards.index import IMAGE_SUFFIXES, expand
+from mae_dist.shards.labels import member_label
 from mae_dist.shards.prefetch import Course
 
 AHEAD = 4  # batches that each worker makes ahead of need
@@ -93,7 +94,7 @@ def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Ite
         if data is None:
             patience.lose()
         else:
-            yield Encoded(sample["__url__"], sample["__key__"], data, integer_label(sample))
+            yield Encoded(sample["__url__"], sample["__key__"], data, member_label(sample))
 
 
 class ResampledSource:

@@ -29,6 +29,8 @@ class Estimate:
     seconds: float
     bad: list[str]
     """Unreadable images among the sample, and tars that are cut short."""
+    notes: list[str]
+    """What of the input is not used."""
 
     def text(self, workers: int) -> str:
         gigabytes = self.num_bytes / 1e9
@@ -64,7 +66,8 @@ def estimate(recipe: Recipe, workers: int) -> Estimate:
     per_image = float(np.mean(sizes)) + (4 * tarfile.BLOCKSIZE if plan.classes else 0)  # .cls and .txt
     num_bytes = round(per_image * plan.count) + plan.num_shards * tarfile.RECORDSIZE
     total = seconds / (len(sizes) + len(bad)) * plan.count / workers
-    return Estimate(plan.kind, plan.count, len(plan.classes), plan.num_shards, num_bytes, total, [*plan.bad, *bad])
+    wrong, notes = [*plan.bad, *bad], list(plan.notes.lines())
+    return Estimate(plan.kind, plan.count, len(plan.classes), plan.num_shards, num_bytes, total, wrong, notes)
 
 
 def measure(plan: Plan, places: np.ndarray) -> tuple[list[int], float, list[str]]:

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
+from mae_dist.shards.labels import member_label, of_unlabelled
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
+from mae_dist.shards.notes import Notes
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.tar import BadTar, Digested, Member, members
-from mae_dist.shards.tars import integer_label
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PAUSES = (0.5, 2)  # seconds before a remote shard is read again
@@ -50,10 +51,15 @@ class Scan:
     """(count, 3): offset, length, label of each image."""
     without_image: int
     """Samples left out of the rows."""
+    notes: Notes
+    """What of it is not used."""
 
 
-def samples(archive: Iterator[Member]) -> Iterator[Sample]:
-    """The samples of a tar. Raises BadTar for a key that comes back or a file that comes twice."""
+def samples(archive: Iterator[Member], notes: Notes | None = None) -> Iterator[Sample]:
+    """The samples of a tar; `notes` gets labels that are not used.
+
+    Raises BadTar for a key that comes back or a file that comes twice.
+    """
     seen: set[str] = set()
     named = ((found[1], found[2].lower(), member) for member in archive if (found := sample_name(member.name)))
     for key, group in groupby(named, key=lambda item: item[0]):
@@ -66,7 +72,8 @@ def samples(archive: Iterator[Member]) -> Iterator[Sample]:
                 raise BadTar(f"holds {member.name!r} twice")
             files[suffix] = member
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-        yield Sample(key, image, integer_label({suffix: member.data for suffix, member in files.items()}))
+        label = member_label({suffix: member.data for suffix, member in files.items()}, key, notes if image else None)
+        yield Sample(key, image, label)
 
 
 def sample_name(name: str) -> re.Match | None:
@@ -76,10 +83,10 @@ def sample_name(name: str) -> re.Match | None:
 
 def scan(place: str) -> Scan:
     """Read one shard from front to back. Raises BadTar or OSError."""
-    rows, without = [], 0
+    rows, without, notes = [], 0, Notes()
     with remote.open_stream(place) as stream:
         digested = Digested(stream)
-        for sample in samples(members(digested)):
+        for sample in samples(members(digested), notes):
             if sample.image is None:
                 without += 1
             else:
@@ -87,7 +94,7 @@ def scan(place: str) -> Scan:
     if not rows:
         raise BadTar(f"holds no images ({', '.join(IMAGE_SUFFIXES)})")
     shard = Shard(place, len(rows), digested.num_bytes, digested.sha256.hexdigest(), md5=digested.md5.hexdigest())
-    return Scan(shard, np.array(rows, dtype=np.int64), without)
+    return Scan(shard, np.array(rows, dtype=np.int64), without, notes)
 
 
 def expand(pattern: str) -> list[str]:
@@ -119,6 +126,8 @@ class Indexed:
     """Samples."""
     bad: Sequence[str]
     """Shards, and what is wrong with them."""
+    notes: Notes
+    """What of the others is not used."""
 
 
 def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_bad: int = 0) -> Indexed:
@@ -140,36 +149,41 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     progress = out / f".index-{sha256(chr(0).join(places).encode()).hexdigest()[:16]}.jsonl"
     done = recorded(progress)
     scans = in_order(scan_or_say, [place for place in places if place not in done], workers)
-    shards, without, bad = [], 0, []
+    shards, without, bad, notes = [], 0, [], Notes()
     with progress.open("w") as record:
-        record.writelines(json.dumps([asdict(shard), lacking]) + "\n" for shard, lacking in done.values())
+        record.writelines(json.dumps([asdict(shard), *rest]) + "\n" for shard, *rest in done.values())
         for place, table in zip(tqdm(places, unit="shard", desc=f"index {out}"), index_names(places), strict=True):
             if place in done:
-                shard, lacking = done[place]
+                shard, lacking, unused = done[place]
             elif isinstance(found := next(scans), str):
                 bad.append(found)
                 continue
             else:
-                shard, lacking = found.shard, found.without_image
+                shard, lacking, unused = found.shard, found.without_image, found.notes
                 np.save(out / table, found.rows)
-                record.write(json.dumps([asdict(shard), lacking]) + "\n")
+                record.write(json.dumps([asdict(shard), lacking, unused]) + "\n")
                 record.flush()
             name = Path(place).name if place == str(out / Path(place).name) else place
             shards.append(replace(shard, name=name, index="" if table == index_name(name) else table))
             without += lacking
+            notes.update_from(unused)
     if bad and (len(bad) > max_bad or not shards):
         raise UserError(refusal(bad, len(places)))
     manifest = Manifest(out, shards)
     manifest.save(keep_others=True)
     progress.unlink()
-    return Indexed(manifest, without, bad)
+    return Indexed(manifest, without, bad, of_unlabelled(notes, manifest.num_samples))
 
 
-def recorded(progress: Path) -> dict[str, tuple[Shard, int]]:
+def recorded(progress: Path) -> dict[str, tuple[Shard, int, Notes]]:
     """By place, what an `index` of the same places that did not end well has done already; not what changed since."""
     lines = progress.read_text().splitlines(keepends=True) if progress.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {e["name"]: (Shard(**e), lacking) for e, lacking in entries if not resized(e["name"], e["num_bytes"])}
+    return {
+        e["name"]: (Shard(**e), lacking, Notes(*notes))
+        for e, lacking, *notes in entries
+        if not resized(e["name"], e["num_bytes"])
+    }
 
 
 def resized(place: str, num_bytes: int) -> bool:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
 from mae_dist.shards.tars import SUFFIXES, Piece, find_ranges, is_image, scan_tar
@@ -163,41 +162,6 @@ def scan_folder(job: tuple[str, str, int]) -> Piece:
 def _files(names: list[str], label: int) -> Piece:
     n = len(names)
     return Piece(-1, names, np.tile(np.array([0, -1]), (n, 1)), np.full(n, label))
-
-
-def read_labels(path: Path, names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
-    """Labels (N,) of the images `names`, and the class names, from a file with one label a line.
-
-    A line is `LABEL`, for the images in the order of their names, or `NAME LABEL`. A label is an int from 0, or a class
-    name such as a wnid; names are numbered in sorted order, as class folders are (and as torchvision and timm do).
-    ILSVRC2012_validation_ground_truth.txt of the devkit is refused: its ids count from 1 in an order of its own.
-    Raises UserError for that, for what is no label, and when images and lines are not the same.
-    """
-    try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels {path}: {error}") from error
-    if len(lines) != len(names) or {len(line) for line in lines} - {1, 2}:
-        raise UserError(f"--labels {path}: {len(lines)} lines for {len(names)} images; one LABEL or NAME LABEL each")
-    if all(len(line) == 2 for line in lines):
-        by_name = {Path(name).name: label for name, label in lines}
-        missing = [name for name in names if Path(name).name not in by_name]
-        if missing:
-            raise UserError(f"--labels {path}: no line for {missing[0]} (nor for {len(missing) - 1} more)")
-        words = [by_name[Path(name).name] for name in names]
-    else:
-        words = [line[-1] for line in lines]
-    if not all(word.isdecimal() for word in words):
-        classes = sorted(set(words))
-        number = {name: i for i, name in enumerate(classes)}
-        return np.array([number[word] for word in words]), classes
-    labels = np.array(words, dtype=np.int64)
-    if labels.min() > 0:
-        raise UserError(
-            f"--labels {path}: numbers from {labels.min()}, but labels count from 0; the devkit's ground truth has ids "
-            "in an order of its own: write the wnid of each image instead (imagenet_2012_validation_synset_labels.txt)"
-        )
-    return labels, [str(i) for i in range(labels.max() + 1)]
 
 
 class Reader:

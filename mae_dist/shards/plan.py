@@ -29,7 +29,10 @@ from numpy.typing import NDArray
 from mae_dist import rng
 from mae_dist.errors import UserError
 from mae_dist.shards.convert import Conversion
-from mae_dist.shards.inputs import Input, read_labels
+from mae_dist.shards.inputs import Input
+from mae_dist.shards.label_file import read_labels
+from mae_dist.shards.labels import of_unlabelled
+from mae_dist.shards.notes import Notes
 from mae_dist.shards.order import permute
 from mae_dist.shards.tars import Piece
 
@@ -80,6 +83,8 @@ class Plan:
     count: int
     bad: list[str]
     """What was wrong with the input's files themselves: a tar that is cut short."""
+    notes: Notes = field(default_factory=Notes)
+    """What of the input is not used."""
 
     @property
     def num_shards(self) -> int:
@@ -130,15 +135,17 @@ class Plan:
             return None
         recipe = content.pop("recipe")
         recipe["conversion"] = Conversion(**recipe["conversion"])
-        return Plan(directory, Recipe(**recipe), **content)
+        notes = Notes(content.pop("notes", {}))
+        return Plan(directory, Recipe(**recipe), **content, notes=notes)
 
 
 def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[Piece]) -> Plan:
     """Write down all images of an input. Raises UserError when there are none, or when the labels file does not fit."""
-    ends, hashes, bad = array("q"), array("q"), []
+    ends, hashes, bad, notes = array("q"), array("q"), [], Notes()
     with (directory / "rows").open("wb") as rows, (directory / "names").open("wb") as names:
         for piece in pieces:
             bad += piece.bad
+            notes.update_from(piece.notes)
             _append(piece, rows, names, ends, hashes)
     if not ends:
         raise UserError(f"{recipe.images}: no images in it" + (f" ({bad[0]})" if bad else ""))
@@ -149,12 +156,13 @@ def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[P
     if recipe.labels:
         blob = (directory / "names").read_bytes()
         origins = [os.fsdecode(blob[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        table[:, 3], classes = read_labels(Path(recipe.labels), origins)
+        table[:, 3], classes = read_labels(Path(recipe.labels), origins, recipe.images)
     highest = int(table[:, 3].max())
     if len(classes) <= highest < NAMED_CLASSES:
         classes = [*classes, *map(str, range(len(classes), highest + 1))]
     table.flush()
-    plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad)
+    notes = of_unlabelled(notes, 0 if recipe.labels else len(ends))
+    plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad, notes)
     content = {key: value for key, value in asdict(plan).items() if key != "directory"}
     replace_whole(directory / "plan.json", json.dumps(content, indent=1).encode())
     return plan

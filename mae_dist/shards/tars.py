@@ -1,9 +1,8 @@
 """Images inside tars that somebody else made: where each lies, so that it can be read without unpacking anything."""
 
-import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -12,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
+from mae_dist.shards.labels import decide, said_in
+from mae_dist.shards.notes import Notes
 
 WNID_TAR = re.compile(r"n\d{8}\.tar")  # ILSVRC's class tars, once taken out of the train tar
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -29,6 +30,8 @@ class Piece(NamedTuple):
     labels: NDArray[np.int64]
     """(n,), -1: none."""
     bad: tuple[str, ...] = ()
+    notes: Notes = Notes()
+    """What of it is not used."""
 
 
 class TarRange(NamedTuple):
@@ -83,13 +86,13 @@ def end_mark(tar: tarfile.TarFile, path: str | Path) -> None:
 
 
 def scan_tar(where: TarRange) -> Piece:
-    """The images of one tar, by name; labels as `mae-dist index` finds them (`integer_label`), or the range's own.
+    """The images of one tar, by name; labels as `mae-dist index` finds them (`decide`), or the range's own.
 
-    A tar that is cut short gives the images before the cut and one bad entry. Raises UserError for a `.cls` that is no
-    number, and for two images of one name.
+    A tar that is cut short gives the images before the cut and one bad entry. Raises UserError for two images of one
+    name.
     """
     found: list[tuple[str, int, int]] = []
-    labels: dict[str, dict[str, int]] = {"cls": {}, "json": {}}
+    said: dict[str, dict[str, list]] = {"cls": {}, "json": {}}
     inside = f"{where.path}: {where.folder}.tar" if where.folder else where.path
     bad: tuple[str, ...] = ()
     with open(where.path, "rb") as file:  # noqa: PTH123
@@ -105,10 +108,7 @@ def scan_tar(where: TarRange) -> Piece:
                             raise tarfile.ReadError(f"cut short inside {member.name}")
                         found.append((member.name.removeprefix("./"), member.offset_data, member.size))
                     elif (kind := label_kind(member.name, where)) and (content := tar.extractfile(member)):
-                        data = content.read()
-                        if kind == "cls":
-                            check_number(data, f"{where.path}: {member.name}")
-                        labels[kind][sample_key(member.name)] = integer_label({kind: data})
+                        said[kind][sample_key(member.name)] = said_in(kind, content.read())
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
                 end_mark(tar, where.path)
         except tarfile.TarError as error:
@@ -121,10 +121,16 @@ def scan_tar(where: TarRange) -> Piece:
             f"{inside}: holds {twice!r} twice; write the tar again with one of them, or unpack it (the last one stays) "
             "and give the directory"
         )
-    by_key = labels["json"] | labels["cls"]
+    notes = Notes()
+
+    def label(key: str) -> int:
+        values = [value for kind in said.values() for value in kind.get(key, ())]
+        own = decide(values, f"{inside}: {key}", notes) if values or where.label < 0 else -1
+        return own if own >= 0 else where.label
+
     places = np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 2)
-    numbers = np.array([by_key.get(sample_key(name), where.label) for name in names], np.int64)
-    return Piece(where.container, [folder + name for name in names], places, numbers, bad)
+    numbers = np.array([label(sample_key(name)) for name in names], np.int64)
+    return Piece(where.container, [folder + name for name in names], places, numbers, bad, notes)
 
 
 def sample_key(name: str) -> str:
@@ -139,22 +145,3 @@ def label_kind(name: str, where: TarRange) -> str:
         return "cls"
     # Only `KEY.json`, as index: `KEY.boxes.json` is about something else. A class tar's name is the better label.
     return "json" if where.label < 0 and PurePosixPath(name).name.partition(".")[2].lower() == "json" else ""
-
-
-def check_number(content: bytes, where: str) -> None:
-    try:
-        np.int64(int(content))
-    except (ValueError, OverflowError):
-        raise UserError(f"{where}: {content[:20]!r} is no class number; .cls members hold an int") from None
-
-
-def integer_label(files: Mapping[str, bytes]) -> int:
-    """The integer of `.cls`, else of `label` or `cls` in `.json`, else -1. `files`: bytes by suffix."""
-    try:
-        if "cls" in files:
-            return int(files["cls"])
-        values = json.loads(files["json"]) if "json" in files else {}
-        found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
-        return found if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 1 << 63 else -1
-    except (ValueError, RecursionError):
-        return -1

@@ -128,6 +128,8 @@ def shard(
     try:
         with place.lock(f"part-{part[0]}-of-{part[1]}", timeout=0):
             plan = prepare(place, wanted, workers)
+            for line in plan.notes.lines():  # before the hours that writing takes
+                print(f"left out: {line}", flush=True)
             carry_out(place, plan, workers, max_bad, part, ray)
             return finish(place, plan, max_bad, part)
     except Timeout:

@@ -92,8 +92,8 @@ def test_validation_tar_with_its_labels(folders, validation, tmp_path, form):
     [
         (["1"] * 21, r"numbers from 1, but labels count from 0; the devkit's ground truth"),
         (["0"] * 20, r"20 lines for 21 images"),
-        (["0 1 2"] * 21, r"21 lines for 21 images; one LABEL or NAME LABEL each"),
-        ([f"x{i}.JPEG 0" for i in range(21)], r"no line for ILSVRC2012_val_00000001.JPEG \(nor for 20 more\)"),
+        (["0 1 2"] * 21, r"line 1: no image is called '0 1'; they are called ILSVRC2012_val_00000001.JPEG, "),
+        ([f"x{i}.JPEG 0" for i in range(21)], r"line 1: no image is called 'x0.JPEG'"),
     ],
 )
 def test_labels_that_do_not_fit_are_an_error(validation, tmp_path, lines, says):
@@ -227,8 +227,6 @@ def test_parquet_without_labels_and_a_row_without_bytes(folders, tmp_path):
         ),
         (lambda d: (d / "a.parquet").write_bytes(b"no"), "not a parquet file"),
         (lambda d: tar_of(d / "a.tar", {"a.txt": b""}), "no images in it"),
-        (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"cat"}), "b'cat' is no class number"),
-        (lambda d: tar_of(d / "a.tar", {"a.jpg": b"", "a.cls": b"9" * 30}), "is no class number"),
         (lambda d: tar_of(d / "a.tar", {"b.jpg": b"", "a.jpg": b"", "./a.jpg": b"x"}), "a.tar: holds 'a.jpg' twice"),
         (lambda d: (d / "a.tar").write_bytes(b"no tar" * 200), "a.tar"),
         (lambda d: (tar_of(d / "a.tar", {}), (d / "b.jpg").touch()), "side by side"),
