@@ -1,24 +1,20 @@
 """The product against a plain second statement of it: order, crops, masks, five steps of two processes."""
 
-import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from mae_dist.data.augment import augment, random_views
 from mae_dist.data.options import DataConfig
 from mae_dist.model.masking import mask_noise, split
-from mae_dist.shards import Manifest
 from mae_dist.shards.order import SampleOrder
-from mae_dist.shards.store import open_store
 from tests import reference
+from tests.cluster import laws
 from tests.conftest import TINY, mae_dist
-from tests.reference import AdamW, Sample
+from tests.reference import Sample
 
 STEPS, BATCH, SEED = 6, 24, 5  # of 46 images: batch 1 straddles two epochs
 
@@ -62,32 +58,8 @@ def test_five_steps(shards: Path, tmp_path: Path):
         f"--train.steps={STEPS}", "--train.save_every=1", "--train.keep_checkpoints=100", "--optim.lr=1e-2",
     ]  # fmt: skip
     mae_dist("pretrain", *TINY, *given, processes=2)
-    run = tmp_path / "r"
-    metrics: dict[int, dict[str, float]] = {}
-    for record in map(json.loads, (run / "journal.jsonl").read_text().splitlines()):
-        if record["kind"] == "metrics":
-            metrics.setdefault(record["step"], {}).update(record["metrics"])
-    store = open_store(Manifest.load(shards), None)
-    counts = store.manifest.counts.tolist()
-    where = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
-    # The learning rate of update 0 is 0, so the weights after it are the first ones.
-    optimizer = AdamW(load_file(run / "checkpoints/step-00000001/model.safetensors"))
-    for k in range(STEPS):
-        losses = []
-        for sample in reference.batch(k, BATCH, counts, SEED):
-            image = Image.open(io.BytesIO(store.read(*where[sample.id])[0])).convert("RGB")
-            pixels = reference.view(image, sample, SEED, 16)
-            losses.append(reference.loss_of(pixels, sample, optimizer.weights, SEED, p=4, heads=2))
-        loss = torch.stack(losses).mean()
-        lr = reference.lr_at(k, 1e-2, 0.5 * sum(counts) / BATCH, STEPS)
-        grad_norm = optimizer.step(loss, lr)
-        assert metrics[k + 1]["loss/train"] == pytest.approx(loss.item(), rel=2e-5), k
-        assert metrics[k + 1]["optim/grad_norm"] == pytest.approx(grad_norm, rel=2e-4), k
-        assert metrics[k + 1]["optim/lr"] == pytest.approx(lr)
-        assert metrics[k + 1]["progress/epoch"] == pytest.approx((k + 1) * BATCH / sum(counts))
-    there = load_file(run / f"checkpoints/step-{STEPS:08d}/model.safetensors")
-    for name, weight in optimizer.weights.items():
-        ours, weight = there[name].double(), weight.detach()
-        if name.endswith("qkv.bias"):  # a softmax ignores the keys' bias: its gradient is rounding, which Adam enlarges
-            ours, weight = (torch.cat([b.chunk(3)[0], b.chunk(3)[2]]) for b in (ours, weight))
-        assert torch.allclose(ours, weight, atol=1e-4), name
+    data = laws.Data(shards, 0, SEED, BATCH)
+    epoch_steps = sum(data.counts) / BATCH
+    assert not laws.law_9(tmp_path / "r", data, 1e-2, 0.5 * epoch_steps, STEPS, STEPS - 1)
+    epochs = laws.metrics(tmp_path / "r", "progress/epoch")
+    assert epochs == pytest.approx({step: step / epoch_steps for step in range(1, STEPS + 1)})

@@ -31,11 +31,12 @@ class AuditedStream(ImageStream):
         name = f"{int(os.environ['CHAOS_ATTEMPT']):03d}-{self.rank}.jsonl"
         with Path(os.environ["CHAOS_AUDIT"], name).open("a", buffering=1) as file:  # a line is one write
             for n, batch in enumerate(super().__iter__()):
+                pixels = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
                 line = {
                     "step": self.first + n // self.micro + 1,
                     "epochs": batch.epochs.tolist(),
                     "ids": batch.ids.tolist(),
-                    "pixels": hashlib.blake2b(batch.images.numpy().tobytes(), digest_size=16).hexdigest(),
+                    "pixels": [hashlib.blake2b(one.tobytes(), digest_size=16).hexdigest() for one in pixels],
                 }
                 file.write(json.dumps(line) + "\n")
                 yield batch

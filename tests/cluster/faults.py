@@ -1,5 +1,6 @@
 """The faults: each does its worst to `scene.job`, says what it did, and whether the job must end of it."""
 
+import os
 import shutil
 import signal
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from tests.cluster import laws
-from tests.cluster.job import kill
+from tests.cluster.job import Process, kill
 from tests.cluster.nodes import plug
 from tests.cluster.scene import PATIENCE_S, SAVE_EVERY, Scene, await_true
 
@@ -15,15 +16,33 @@ FILLER = "filler"
 Deadly = bool
 
 
+class Missed(Exception):
+    """The fault did not hit: it is not counted."""
+
+
+def strike(pid: int, number: int = signal.SIGKILL) -> None:
+    """Signal a process that is there, else raise Missed."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        raise Missed from None
+
+
+def any_rank(scene: Scene) -> Process:
+    if not (ranks := scene.job.ranks()):
+        raise Missed
+    return scene.random.choice(ranks)
+
+
 def kill_rank(scene: Scene) -> tuple[str, Deadly]:
-    rank = scene.random.choice(scene.job.ranks())
-    kill(rank.pid)
+    rank = any_rank(scene)
+    strike(rank.pid)
     return f"SIGKILL rank {rank.environment['RANK']}", True
 
 
 def kill_agent(scene: Scene) -> tuple[str, Deadly]:
     """The scheduler sees the job's end at once, and starts the next attempt while ranks may still be there."""
-    kill(scene.job.agents[-1].pid)
+    strike(scene.job.agents[-1].pid)
     return f"SIGKILL torchrun, {len(scene.job.ranks())} ranks without a parent", True
 
 
@@ -36,9 +55,9 @@ def kill_all(scene: Scene) -> tuple[str, Deadly]:
 def kill_worker(scene: Scene) -> tuple[str, Deadly]:
     workers = scene.job.workers()
     if not workers:
-        return "no worker there", False
+        raise Missed
     worker = scene.random.choice(workers)
-    kill(worker.pid)
+    strike(worker.pid)
     return f"SIGKILL loader worker of rank {worker.environment['RANK']}", True
 
 
@@ -47,7 +66,7 @@ def kill_in_save(scene: Scene) -> tuple[str, Deadly]:
     checkpoints, deadline = scene.run / "checkpoints", time.monotonic() + PATIENCE_S
     while not (aside := [path.name for path in checkpoints.glob(".step-*")]):
         if scene.job.ended() or time.monotonic() > deadline:
-            return "no save came", False
+            raise Missed
         time.sleep(0.002)
     time.sleep(scene.random.uniform(0, 0.12))
     whole = scene.random.random() < 0.5
@@ -56,8 +75,8 @@ def kill_in_save(scene: Scene) -> tuple[str, Deadly]:
 
 
 def stop_a_while(scene: Scene) -> tuple[str, Deadly]:
-    rank, seconds = scene.random.choice(scene.job.ranks()), scene.random.uniform(0.5, 3)
-    kill(rank.pid, signal.SIGSTOP)
+    rank, seconds = any_rank(scene), scene.random.uniform(0.5, 3)
+    strike(rank.pid, signal.SIGSTOP)
     time.sleep(seconds)
     kill(rank.pid, signal.SIGCONT)
     return f"SIGSTOP rank {rank.environment['RANK']} for {seconds:.1f} s", False
@@ -65,8 +84,8 @@ def stop_a_while(scene: Scene) -> tuple[str, Deadly]:
 
 def stop_for_good(scene: Scene) -> tuple[str, Deadly]:
     """The scheduler loses patience: SIGTERM to the job, and SIGKILL to all of it a little later."""
-    rank = scene.random.choice(scene.job.ranks())
-    kill(rank.pid, signal.SIGSTOP)
+    rank = any_rank(scene)
+    strike(rank.pid, signal.SIGSTOP)
     time.sleep(scene.random.uniform(0.5, 2))
     kill(scene.job.agents[-1].pid, signal.SIGTERM)
     scene.job.wait(2)
@@ -75,13 +94,13 @@ def stop_for_good(scene: Scene) -> tuple[str, Deadly]:
 
 
 def terminate_rank(scene: Scene) -> tuple[str, Deadly]:
-    rank = scene.random.choice(scene.job.ranks())
-    kill(rank.pid, signal.SIGTERM)
+    rank = any_rank(scene)
+    strike(rank.pid, signal.SIGTERM)
     return f"SIGTERM rank {rank.environment['RANK']}", True
 
 
 def terminate_agent(scene: Scene) -> tuple[str, Deadly]:
-    kill(scene.job.agents[-1].pid, signal.SIGTERM)
+    strike(scene.job.agents[-1].pid, signal.SIGTERM)
     return "SIGTERM torchrun", True
 
 
@@ -95,6 +114,8 @@ def fill_disk(scene: Scene) -> tuple[str, Deadly]:
     left, passed = shutil.disk_usage(checkpoints).free, len(job.steps()) + SAVE_EVERY + scene.random.randint(1, 5)
     await_true(lambda: job.ended() or len(job.steps()) >= passed)
     (checkpoints / FILLER).unlink()
+    if "no checkpoint of step" not in job.log.read_text() and not job.ended():
+        raise Missed
     return f"{left} bytes free in checkpoints/", job.ended()
 
 

@@ -16,7 +16,8 @@ from tests.cluster.nodes import two_nodes
 from tests.conftest import TINY, write_images
 from tests.track.conftest import Server
 
-STEPS, BATCH, SAVE_EVERY, HELD_OUT, SEED = 60, 14, 5, 1, 0  # 40 images: batches straddle epochs
+STEPS, BATCH, SAVE_EVERY, HELD_OUT, SEED = 60, 12, 5, 1, 0  # 40 images: batches straddle epochs
+PEAK_LR, WARMUP_EPOCHS = 1e-3, 0.5  # as TINY has them
 PATIENCE_S = 100.0  # a job that has not ended by then after a deadly fault never will
 TIMEOUT_S = 8  # of a collective, where a cable is cut
 TMPFS = "8m"  # about eleven checkpoints
@@ -32,6 +33,8 @@ class Scene:
     ranks: int
     engine: list[str]
     undisturbed: Path
+    elastic: bool = False
+    """Each attempt has a number of ranks and a micro-batch of its own."""
     more: list[str] = field(default_factory=list)
     job: Job = field(init=False)
     jobs: list[Job] = field(default_factory=list)
@@ -56,6 +59,11 @@ class Scene:
     def start(self) -> Job:
         """The next attempt: the same command, as always."""
         given = arguments(self.shards, self.folder / "runs", self.batch, *self.engine, *self.more)
+        if self.elastic:
+            self.ranks = self.random.choice([n for n in (1, 2, 3) if self.batch % n == 0])
+            share = self.batch // self.ranks
+            micro = self.random.choice([n for n in range(1, share + 1) if share % n == 0 and n * 4 >= share])
+            given.append(f"--train.micro_batch_size={micro}")
         self.job = Job(self.folder, self.attempts + 1, self.ranks, given, self.nodes)
         self.jobs.append(self.job)
         self.job.reached = laws.last_journal_step(self.run)
@@ -112,7 +120,7 @@ def arguments(shards: Path, runs: Path, batch: int, *more: str) -> list[str]:
     return [
         "pretrain", *TINY, f"--data.shards={shards}", f"--data.val_shards={HELD_OUT}", f"--train.seed={SEED}",
         f"--train.runs_dir={runs}", "--train.name=t", f"--train.global_batch_size={batch}", f"--train.steps={STEPS}",
-        "--train.eval_every=20", f"--train.save_every={SAVE_EVERY}", *more,
+        "--train.eval_every=20", f"--train.save_every={SAVE_EVERY}", "--data.decoder=pil", *more,
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from mae_dist.track import journal
 from mae_dist.train.checkpoint import committed
+from tests import reference
 from tests.cluster import chaos, laws, scene
 
 pytestmark = pytest.mark.dist
@@ -46,10 +47,8 @@ def copy(undisturbed: Path, to: Path) -> Path:
 
 
 def law_3(folder: Path, undisturbed: Path, shards: Path) -> str:
-    found = laws.law_3(
-        folder / "audit", undisturbed / "audit", shards, scene.HELD_OUT, scene.SEED, scene.BATCH, scene.STEPS
-    )
-    return "\n".join(found)
+    data = laws.Data(shards, scene.HELD_OUT, scene.SEED, scene.BATCH)
+    return "\n".join(laws.law_3(folder / "audit", undisturbed / "audit", data, scene.STEPS))
 
 
 def test_what_is_whole_is_found_whole(shards, undisturbed):
@@ -87,8 +86,11 @@ def test_a_sample_that_is_lost_repeated_or_another_is_seen(shards, undisturbed, 
     audit.write_text("".join([*lines[:7], lines[6].replace('"step": 7', '"step": 8'), *lines[8:]]))
     assert f"samples lost: {scene.BATCH // 2}, repeated: {scene.BATCH // 2}" in law_3(folder, undisturbed, shards)
     record = json.loads(lines[7])
-    audit.write_text("".join([*lines[:7], json.dumps(record | {"pixels": "0"}) + "\n", *lines[8:]]))
-    assert law_3(folder, undisturbed, shards) == "law 3: step 8: other samples or pixels on some rank"
+    audit.write_text("".join([*lines[:7], json.dumps(record | {"pixels": record["pixels"][::-1]}) + "\n", *lines[8:]]))
+    assert law_3(folder, undisturbed, shards).splitlines() == [
+        "law 3: step 8: other pixels than the reference's",
+        "law 3: step 8: other samples or pixels on some rank",
+    ]
 
 
 def test_a_step_that_was_rolled_back_counts_for_the_attempt_that_did_it_last(shards, undisturbed, tmp_path):
@@ -99,4 +101,27 @@ def test_a_step_that_was_rolled_back_counts_for_the_attempt_that_did_it_last(sha
         (folder / "audit" / f"002-{rank}.jsonl").write_text("".join(lines[30:]))
     assert not law_3(folder, undisturbed, shards)
     (folder / "audit" / "002-1.jsonl").unlink()
-    assert "step 31 was made by ranks of two attempts" in law_3(folder, undisturbed, shards)
+    assert "samples lost: 180" in law_3(folder, undisturbed, shards)  # rank 1's share of steps 31 to 60
+
+
+def test_a_step_that_the_journal_has_twice_is_seen(undisturbed, tmp_path):
+    run = copy(undisturbed, tmp_path) / "runs" / "t"
+    lines = (run / "journal.jsonl").read_text().splitlines(keepends=True)
+    again = [line for line in lines if '"step":30,' in line and "loss/train" in line]
+    (run / "journal.jsonl").write_text("".join(lines + again))
+    assert "loss/train of steps [30] more than once" in "\n".join(laws.law_1(run, undisturbed / "runs" / "t"))
+
+
+@pytest.mark.parametrize("fixed", ["masks", "crops", "order", "weights"])
+def test_another_mask_crop_order_or_update_than_the_references_is_seen(shards, undisturbed, monkeypatch, fixed):
+    """The reference made wrong is as good as the product made wrong."""
+    data, run = laws.Data(shards, scene.HELD_OUT, scene.SEED, scene.BATCH), undisturbed / "runs" / "t"
+    name = {"masks": "MASK", "crops": "CROP", "order": "SHARD"}.get(fixed)
+    if name:
+        monkeypatch.setattr(reference, name, getattr(reference, name) + 1)
+    else:
+        data.batch -= 1
+    audit = undisturbed / "audit"
+    warmup = scene.WARMUP_EPOCHS * sum(data.counts) / scene.BATCH
+    assert laws.law_9(run, data, scene.PEAK_LR, warmup, scene.STEPS, steps=2)
+    assert bool(laws.law_3(audit, audit, data, 2)) == (fixed != "masks")
