@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SEEDS ?= 1 2 3 4 5 6 7 8
 
-.PHONY: demo test test-all chaos lint format clean
+.PHONY: demo test test-all chaos mutants lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mae-dist demo
@@ -18,9 +18,15 @@ test: lint
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
-# Hours of a bad cluster in minutes: a run under fire for each of SEEDS; also ENGINE=deepspeed ZERO=2.
+# Hours of a bad cluster in minutes: a run under fire for each of SEEDS; also ENGINE=deepspeed ZERO=2, or ELASTIC=1:
+# another number of processes in each attempt.
 chaos: $(VENV)/.dev
-	$(BIN)/python -m tests.cluster.chaos --seeds $(SEEDS) $(if $(ENGINE),--engine $(ENGINE)) $(if $(ZERO),--zero $(ZERO))
+	$(BIN)/python -m tests.cluster.chaos --seeds $(SEEDS) $(if $(ENGINE),--engine $(ENGINE)) $(if $(ZERO),--zero $(ZERO)) \
+		$(if $(ELASTIC),--elastic)
+
+# Would the tests notice? One line of the product made wrong at a time, and the tests of `make test` that must fail.
+mutants: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.mutants
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("fsync does nothing", "mae_dist/local.py", "        os.fsync(descriptor)\n", "        pass\n",
-           "tests/test_local.py tests/train/test_durability.py"),
+           "tests/test_local.py"),
     Mutant("the flag of bad numbers is not agreed", "mae_dist/engine/update.py",
            "        self.world.max(self.bad)\n", "", "tests/engine/test_agreement.py"),
     Mutant("a bad number is no reason to skip", "mae_dist/engine/update.py",
@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant("crops ignore the epoch", "mae_dist/data/augment.py", "samples, epochs, np.arange(count)",
            "samples, 0, np.arange(count)", "tests/test_reference.py"),
     Mutant("the journal is not cut", "mae_dist/train/resume.py", "journal.cut(start)", "0",
-           "tests/train/test_resume.py"),
+           "tests/cluster/test_pretrain.py"),
     Mutant("a commit does not wait for other ranks", "mae_dist/train/checkpoint.py",
            "for rank in range(self.world.size)}", "for rank in range(1)}", "tests/train/test_checkpoint.py"),
     Mutant("checksums are not compared", "mae_dist/train/checkpoint.py", "if digest(path) != expected:", "if False:",

@@ -59,7 +59,8 @@ def metrics(run: Path, name: str) -> dict[int, float]:
 def law_1(run: Path, undisturbed: Path, relative: float = 0.0) -> list[str]:
     """Curves are those of the undisturbed run, to the last bit or within `relative`; each step is there once."""
     wrong = []
-    for name in ("loss/train", "loss/train_max", "loss/val", "optim/grad_norm"):
+    names = ["loss/train", "loss/val", "optim/grad_norm"]
+    for name in names if relative else [*names, "loss/train_max"]:  # the largest of the ranks' means
         ours, theirs = metrics(run, name), metrics(undisturbed, name)
         far = [
             step

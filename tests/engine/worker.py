@@ -156,7 +156,8 @@ def skips(labels, world, out):
                 flags += [step[2] for step in advance(engine, 2, 4, spoil=bad)]
                 kept.append(holds(engine, before, ["updates"]))  # the loss scale of fp16 may move, nothing else
             flags += [step[2] for step in advance(engine, 4, 6)]
-            agreed = world.max(torch.tensor(flags)).tolist() == flags == (-world.max(-torch.tensor(flags))).tolist()
+            most, least = world.max(torch.tensor(flags)).tolist(), (-world.max(-torch.tensor(flags))).tolist()
+            agreed = most == flags == least  # both first: ranks that disagree would not meet in the second
             moved = not holds(engine, before)
             found[f"{label}, {precision}"] = [flags, all(kept), moved, agreed]
     return found
