@@ -344,6 +344,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+def check_environment() -> None:
+    """Raise UserError for a variable MAE_DIST_* that means nothing."""
+    if any(name.upper().startswith(("MAE_DIST_", "MAEDIST")) for name in os.environ):
+        from mae_dist.config import check_variables  # and torch, which most commands do without
+
+        check_variables(os.environ, None)
+
+
 def main() -> None:
     """Exit status 0: done; 2: the user's mistake, said in one line; 3: the training diverged; 75: another rank was
     lost; 128 + n: stopped by signal n; 1: ours.
@@ -355,6 +363,8 @@ def main() -> None:
             return
         if command not in COMMANDS:
             raise UserError(f"mae-dist has no command {command!r}; the commands are {', '.join(COMMANDS)}")
+        if command not in ("pretrain", "linear", "finetune"):  # which read their config from it
+            check_environment()
         leave(COMMANDS[command](arguments))
     except (UserError, Ended) as error:
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))

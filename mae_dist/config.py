@@ -1,34 +1,37 @@
 """The whole configuration: nested frozen dataclasses, filled from the environment, YAML files and the command line.
 
-The dataclasses stand beside what they configure; this file puts them together, loads, checks and prints them. Parsing
-and type checks are jsonargparse's; the messages are ours: file, key, what was expected, what was probably meant.
+The dataclasses stand beside what they configure; this file puts them together, loads, checks and prints them. What
+is written means what `values` says; every message names the file and line, option or variable, and the key.
 """
 
 import dataclasses
 import math
-import re
-from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher, get_close_matches
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from mae_dist.data.options import DataConfig
 from mae_dist.engine.base import OptimConfig
 from mae_dist.engine.options import EngineConfig
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, note
+from mae_dist.manual import MANUALS
 from mae_dist.model import MAEConfig
 from mae_dist.track import TrackConfig
 from mae_dist.train.options import TrainConfig
+from mae_dist.urls import masked
+from mae_dist.values import Text, Written, read_file, value_of
 
 C = TypeVar("C")
-ENVIRONMENT_PREFIX = "MAE_DIST"  # MAE_DIST_TRAIN__SEED=1
+PREFIX = "MAE_DIST_"  # MAE_DIST_TRAIN__SEED=1
+CONFIG_VARIABLE = "MAE_DIST_CONFIG"  # a file, below those of the command line
+OTHER_VARIABLES = (CONFIG_VARIABLE, "MAE_DIST_GIT_COMMIT", "MAE_DIST_TURBOJPEG")  # no keys
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,11 @@ def keys_of(kind: type) -> list[str]:
     return [key for key, _ in flat(kind())]
 
 
-def parser(prog: str = "mae-dist pretrain", kind: type = Config) -> ArgumentParser:
-    """The command line of everything that takes a config of this kind."""
-    made = ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        default_env=True,
-        env_prefix=ENVIRONMENT_PREFIX,
-        description="Any key can be set on the command line (--data.shards DIR) and in the environment "
-        f"({ENVIRONMENT_PREFIX}_DATA__SHARDS=DIR); the command line wins, then --config files, then the environment.",
-    )
-    made.add_argument("--config", action="config", help="YAML file; may be given several times, later files win.")
-    made.add_class_arguments(kind)
-    return made
+@lru_cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of every key of a config dataclass."""
+    sections = {f.name: type(getattr(kind(), f.name)) for f in dataclasses.fields(kind)}
+    return {f"{name}.{key}": hint for name, of in sections.items() for key, hint in get_type_hints(of).items()}
 
 
 def load(
@@ -113,56 +108,113 @@ def load(
     prog: str = "mae-dist pretrain",
     kind: type[C] = Config,
     defaults: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> C:
-    """The config of a command line. `--help` and `--print_config` print and exit 0.
+    """The config of a command line: options win, then --config files (the later one), then the environment.
 
-    `kind`: the dataclass of its sections. `defaults`: values of keys that win over the dataclass's own only.
-    Raises UserError with the file or option, the key, what was expected, and the nearest key for a misspelt one.
+    `--help` and `--print_config` print and exit 0. `kind`: the dataclass of its sections. `defaults`: values of keys
+    that win over the dataclass's own only. `environ`: variables (None: this process's).
+    Raises UserError with the file and line, option or variable, the key, what was expected, and the nearest key for a
+    misspelt one.
     """
-    for path in config_files(arguments):
-        check_file(Path(path), kind)
-    for option in (argument.split("=")[0] for argument in arguments):
-        if option.startswith("--") and "." in option:
-            check_key(option[2:], "--", kind)
-    made = parser(prog, kind)
-    made.set_defaults(dict(defaults or {}))
-    try:
-        sections = made.instantiate(made.parse_args(list(arguments)))
-        return kind(**{f.name: sections[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
-    except (ArgumentError, TypeError) as error:
-        raise UserError(readable(str(error), "")) from None
+    environ = os.environ if environ is None else environ
+    options, files, flags = parse(arguments, prog, kind)
+    if "--help" in flags:
+        print(MANUALS[prog].text(kind, defaults or {}))
+        sys.exit(0)
+    check_variables(environ, kind)
+    if file := environ.get(CONFIG_VARIABLE):
+        files.insert(0, file)
+    values: dict[str, Any] = dict(flat(kind()))
+    without = {key: values[key] for key in MANUALS[prog].unused}
+    values |= defaults or {}
+    for layer in (variables(environ, kind), *(read_file(Path(file)) for file in files), options):
+        values |= checked(layer, kind)
+    for key, value in without.items():
+        if values[key] != value:
+            raise UserError(f"{key}: {values[key]}: {prog} has no use for it; leave it out")
+    sections = {
+        f.name: type(getattr(kind(), f.name))(
+            **{key.split(".")[1]: value for key, value in values.items() if key.split(".")[0] == f.name}
+        )
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+    }
+    config = kind(**sections)
+    if "--print_config" in flags:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
 
 
-def config_files(arguments: Sequence[str]) -> list[str]:
-    """The values of `--config FILE` and `--config=FILE`."""
-    spread = [
-        word for argument in arguments for word in (argument.split("=", 1) if "--config=" in argument else [argument])
-    ]
-    return [value for option, value in pairwise(spread) if option == "--config"]
+def parse(arguments: Sequence[str], prog: str, kind: type) -> tuple[list[Written], list[str], set[str]]:
+    """What a command line says: options, the files of --config, and flags. Raises UserError for what is neither."""
+    options: list[Written] = []
+    files: list[str] = []
+    flags: set[str] = set()
+    words = list(arguments)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        name = "--help" if name == "-h" else name
+        if not name.startswith("--") or name == "--":
+            raise UserError(f"{prog}: {name}: no option stands before it; write --SECTION.KEY VALUE, see {prog} --help")
+        if name in ("--help", "--print_config") and not equals:
+            flags.add(name)
+            continue
+        if name != "--config":
+            check_key(name[2:], "--", kind)
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if not value.strip():
+            raise UserError(f"{name}: no value; write {name} " + ("FILE" if name == "--config" else "VALUE"))
+        files.append(value) if name == "--config" else options.append(Written("--", name[2:], Text(value)))
+    return options, files, flags
 
 
-def check_file(path: Path, kind: type = Config) -> None:
-    """Parse one file alone, so that a message can name it."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}; write --config FILE, such as configs/demo.yaml"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}; write sections such as\ntrain:\n  seed: 0")
-    for section, values in content.items():
-        keys = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
-        for key in keys:
-            check_key(key, f"{path}: ", kind)
-    try:
-        parser(kind=kind).parse_object(content)
-    except (ArgumentError, TypeError) as error:
-        raise UserError(readable(str(error), f"{path}: ")) from None
+def variables(environ: Mapping[str, str], kind: type) -> list[Written]:
+    """What the environment says of the keys of `kind`."""
+    named = {variable(key): key for key in keys_of(kind)}
+    return [Written(f"{name}: ", key, Text(environ[name])) for name, key in named.items() if name in environ]
+
+
+def variable(key: str) -> str:
+    """train.seed -> MAE_DIST_TRAIN__SEED"""
+    return PREFIX + key.replace(".", "__").upper()
+
+
+def checked(layer: Iterable[Written], kind: type) -> dict[str, Any]:
+    """The values of one layer by key. Raises UserError for an unknown key and for a wrong value.
+
+    Of an option that is given twice, as scripts do with those of their callers, the later one is used, and said so.
+    """
+    values: dict[str, Any] = {}
+    for written in layer:
+        where, key, _ = written
+        check_key(key, where, kind)
+        value = value_of(types_of(kind)[key], written)
+        if key in values and values[key] != value:
+            note(masked(f"{where}{key}: given twice, as {values[key]} and as {value}; the later one is used"))
+        values[key] = value
+    return values
+
+
+def check_variables(environ: Mapping[str, str], kind: type | None) -> None:
+    """Raise UserError for a variable that looks like one of ours and is none, with the nearest.
+
+    Those of keys that another command has are named. `kind`: of the command's config; None: it has none.
+    """
+    from mae_dist.evaluate.options import FinetuneConfig, LinearConfig  # which import this
+
+    ours = [name for name in environ if name.upper().replace("_", "").startswith("MAEDIST") and name != PREFIX[:-1]]
+    every = dict.fromkeys(variable(key) for k in (Config, FinetuneConfig, LinearConfig) for key in keys_of(k))
+    for name in ours:
+        if name not in every and name not in OTHER_VARIABLES:
+            bare = name.upper().removeprefix(PREFIX)
+            near = get_close_matches(bare, [known.removeprefix(PREFIX) for known in (*every, *OTHER_VARIABLES)], n=1)
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"keys are written as {variable('train.seed')}"
+            raise UserError(f"{name}: no such variable, {hint} Or unset it")
+    taken = {variable(key) for key in keys_of(kind)} if kind else set()
+    if unused := [name for name in ours if name in every and name not in taken]:
+        note(f"not used by this command: {', '.join(unused)}")
 
 
 def check_key(key: str, where: str, kind: type = Config) -> None:
@@ -172,26 +224,16 @@ def check_key(key: str, where: str, kind: type = Config) -> None:
     if key in keys:
         return
     if key in sections:
-        raise UserError(f"{where}{key}: is a section; write its keys indented below it")
+        raise UserError(f"{where}{key}: is a section; write its keys indented below it, or --{key}.KEY VALUE")
     section, _, name = key.rpartition(".")
     similar = {
         k: SequenceMatcher(None, name, k.split(".")[1]).ratio() + 0.1 * (k.split(".")[0] == section) for k in keys
     }
     best = sorted((k for k in keys if similar[k] >= 0.65), key=lambda k: -similar[k])
     if section not in sections:
-        near = get_close_matches(key, [*sections, *keys], n=1)
-    else:  # one clear answer, or a few
-        near = best[:1] if best and similar[best[0]] > 0.9 else best[:4]
+        near = get_close_matches(key, keys if section else sections, n=1)
+    else:
+        near = []
+    near = near or (best[:1] if best and similar[best[0]] > 0.9 else best[:4])  # one clear answer, or a few
     hint = f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(sections)}"
     raise UserError(f"{where}{key}: unknown key, {hint}")
-
-
-def readable(message: str, where: str) -> str:
-    """jsonargparse's message in one line of ours."""
-    message = " ".join(message.split())
-    found = re.search(r'Parser key "([\w.]+)":? (.*)', message)
-    if not found:
-        return where + message
-    key, text = found.groups()
-    text = re.sub(r"a <class '(\w+)'>", r"\1", text).replace("typing.", "")
-    return f"{where}{key}: {text[:1].lower()}{text[1:]}"

@@ -80,8 +80,8 @@ def test_the_resolved_config_gives_itself_again(tmp_path_factory, blr, seed, img
         ("train: {globl_batch_size: 3}", "train.globl_batch_size: unknown key, did you mean train.global_batch_size?"),
         ("trian: {seed: 3}", "trian.seed: unknown key, did you mean train.seed?"),
         ("data: {bach_size: 3}", "train.micro_batch_size"),
-        ("train: {seed: sixty}", "train.seed: expected int. Got value: sixty"),
-        ("train: {precision: fp8}", "train.precision: expected a Literal['bf16', 'fp16', 'fp32']. Got value: fp8"),
+        ("train: {seed: sixty}", "train.seed: expected a whole number. Got value: sixty"),
+        ("train: {precision: fp8}", "train.precision: expected bf16, fp16 or fp32. Got value: fp8"),
         ("train: 3", "train: is a section"),
         ("- 3", "holds a list"),
         ("train: {seed: [", "not YAML"),
@@ -100,7 +100,7 @@ def test_a_mistake_in_a_file_is_named(tmp_path, yaml, says):
     ("arguments", "says"),
     [
         (["--train.sed", "3"], "--train.sed: unknown key, did you mean train.seed?"),
-        (["--train.seed", "x"], "train.seed: expected int. Got value: x"),
+        (["--train.seed", "x"], "--train.seed: expected a whole number. Got value: x"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
         (["--train.seed"], "--train.seed"),
         (["--foo"], "--foo"),
@@ -140,9 +140,3 @@ def test_print_config_is_a_config(tmp_path):
     path = tmp_path / "printed.yaml"
     path.write_text(printed)
     assert config.load(["--config", str(path)]).train.seed == 7
-
-
-def test_help_names_every_key():
-    text = mae_dist("pretrain", "--help").stdout
-    missing = [key for key in config.keys_of(config.Config) if f"--{key}" not in text]
-    assert not missing

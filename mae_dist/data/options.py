@@ -10,6 +10,8 @@ from mae_dist.errors import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The images, how they are cropped, and how they are read."""
+
     shards: str | None = None
     """Directory of training shards with a manifest, as `mae-dist shard` and `mae-dist index` make it; a path or any
     fsspec URL (s3://bucket/train)."""
@@ -17,7 +19,7 @@ class DataConfig:
     """webdataset: `shards` is a list that cannot be indexed ('https://host/{000..063}.tar', 'pipe:...'), read as it
     comes: neither exact nor resumable."""
     epoch_size: int | None = None
-    """Images called an epoch in mode webdataset; None: as many as make `train.steps` last `train.epochs`."""
+    """Images called an epoch in mode webdataset; null: as many as make `train.steps` last `train.epochs`."""
     val_shards: int | str | None = None
     """Held-out shards for the validation loss: a directory, or how many of the training shards to hold out."""
     fake: bool = False
@@ -35,8 +37,9 @@ class DataConfig:
     eval_crop: float = 0.875
     """Side of the centred evaluation crop, as a share of the largest that fits (224 of 256 in the paper's code)."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean and standard deviation a channel, of pixels in [0, 1]; one value each serves any number of channels."""
+    """Mean of each channel, subtracted from pixels in [0, 1]; one value serves any number of channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, that pixels are divided by; one value serves any number of channels."""
     cache_dir: str | None = None
     """Directory on this node's own disk for remote shards (s3://, https://, pipe:); null: one in the temporary one."""
     cache_bytes: int | None = None

@@ -24,12 +24,15 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate; replaces the one from `blr`."""
     min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 40.0
+    """Epochs in which the learning rate rises from 0 to its peak."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the moving averages of the gradient and of its square."""
     weight_decay: float = 0.05
     """For weights and tokens; biases and norms (1-D) have none."""
     clip_grad: float | None = None
-    """Largest gradient norm; the paper clips nothing."""
+    """Largest gradient norm; null: gradients are not clipped, as in the paper."""
 
     def peak_lr(self, global_batch_size: int) -> float:
         return self.blr * global_batch_size / 256 if self.lr is None else self.lr

@@ -15,13 +15,17 @@ class LabelsConfig:
     """Which training labels are used: a deterministic choice, the same number or share of every class."""
 
     fraction: float = 1.0
+    """Share of the images of each class."""
     per_class: int | None = None
     """Images of each class; replaces `fraction`."""
     seed: int = 0
+    """Of the choice: the same seed, the same images."""
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
+    """The network that is fine-tuned: the encoder and a linear head."""
+
     init: Literal["pretrained", "none"] = "pretrained"
     """none: the same network from scratch, for comparison."""
     pool: Pool = "mean"
@@ -32,6 +36,8 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
+    """The frozen encoder, and what of it the linear layer sees."""
+
     init: Literal["pretrained", "none"] = "pretrained"
     """none: an encoder that was never trained, for comparison."""
     pool: Pool = "cls"
@@ -40,15 +46,18 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
+    """What training images go through besides crops and flips."""
+
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment as timm writes it; null: none."""
     erase: float = 0.25
     """Probability that a rectangle of an image becomes noise."""
     mixup: float = 0.8
-    """Alpha of mixup, and of cutmix; 0: none. They pair the images of one micro-batch, as timm does."""
+    """Alpha of mixup; 0: none. Images of one micro-batch are paired, as timm does."""
     cutmix: float = 1.0
+    """Alpha of cutmix; 0: none. A batch is mixed or cut, each as often."""
     smoothing: float = 0.1
-    """Of the labels."""
+    """Label smoothing: the share of a label that is spread over all classes."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,17 @@ class FinetuneOptim:
     lr: float | None = None
     """Peak learning rate; replaces the one from `blr`."""
     min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 5.0
+    """Epochs in which the learning rate rises from 0 to its peak."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the moving averages of the gradient and of its square."""
     weight_decay: float = 0.05
     """For weights; biases, norms, class token and positions have none."""
     layer_decay: float = 0.65
     """Each block's learning rate, as a share of that of the block after it."""
     clip_grad: float | None = None
+    """Largest gradient norm; null: gradients are not clipped, as in the paper."""
     ema: float | None = None
     """Decay of a moving average of the weights, such as 0.9999: the average is what is evaluated and saved beside."""
 
@@ -80,9 +93,13 @@ class LinearOptim:
     lr: float | None = None
     """Peak learning rate; replaces the one from `blr`."""
     min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 10.0
+    """Epochs in which the learning rate rises from 0 to its peak."""
     momentum: float = 0.9
+    """Share of the last update that goes on in the next."""
     weight_decay: float = 0.0
+    """Added to the gradient of the weights, as a share of them."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +107,13 @@ class SweepConfig:
     """`mae-dist linear --sweep`: every blr with every weight decay at once, on features of centred crops."""
 
     blrs: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    """Base learning rates to try; they replace `optim.blr`."""
     weight_decays: tuple[float, ...] = (0.0, 1e-4)
+    """Weight decays to try with each; they replace `optim.weight_decay`."""
     held_out: float = 0.2
     """Share of the training labels that chooses the best; the test images never do."""
     kinds: tuple[Literal["pretrained", "untrained", "pixels"], ...] = ("pretrained",)
-    """Of features; untrained and pixels are there to compare with."""
+    """Features to train on; those of an untrained encoder and the pixels are there to compare with."""
     seeds: tuple[int, ...] = (0,)
     """Of the choice of labels, the order and the heads' weights; the table has the mean."""
 
@@ -152,9 +171,7 @@ class LinearConfig:
 def check_common(data: DataConfig, optim: FinetuneOptim | LinearOptim, train: TrainConfig, in_chans: int) -> None:
     data.check(in_chans)
     train.check()
-    if data.mode != "exact" or data.val_shards is None:
-        raise UserError("data: evaluation needs indexed labelled shards, --data.shards, and held-out --data.val_shards")
+    if data.val_shards is None:
+        raise UserError("data.val_shards: evaluation needs held-out labelled shards: --data.val_shards SHARDS")
     if min(optim.blr, optim.min_lr, optim.warmup_epochs, optim.weight_decay, optim.lr or 0) < 0:
         raise UserError("optim: blr, lr, min_lr, warmup_epochs and weight_decay cannot be negative")
-    if train.knn_every is not None:
-        raise UserError("train.knn_every: is for pretraining; leave it out")

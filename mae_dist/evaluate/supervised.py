@@ -1,5 +1,6 @@
 """Training with labels: the one loop of the linear probe and of fine-tuning. The same command again resumes."""
 
+import dataclasses
 import math
 import os
 import time
@@ -26,6 +27,7 @@ from mae_dist.evaluate.knn import labelled_sources
 from mae_dist.evaluate.learner import Learner
 from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
 from mae_dist.evaluate.tracked import EVALUATIONS, logged, track_of
+from mae_dist.manual import OF_THE_RUN
 from mae_dist.track.journal import Journal
 from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
@@ -40,6 +42,7 @@ from mae_dist.train.stop import Agreement, Stopped, StopRequest
 SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
 CROP_SCALE = (0.08, 1.0)  # of both recipes; the probe's official code draws one crop, and clips it
 CROPS = ("mean", "std", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
+TRACK = ("mlflow", "experiment", "tracking_uri")
 SHARDS = ("shards", "val_shards", "cache_dir", "cache_bytes", "workers", "lanes", "window", "max_bad_fraction")
 
 Supervised = FinetuneConfig | LinearConfig
@@ -53,24 +56,27 @@ def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: fl
     pretraining run where the command line and its --config files say nothing else.
     """
     prog = f"mae-dist {name}"
+    recipe = {"train.global_batch_size": batch, "train.epochs": epochs, "train.name": name}
+    recipe |= {"data.crop_scale": CROP_SCALE, "data.crop_clip": kind is LinearConfig}
+    inherited = [*(f"data.{key}" for key in (*CROPS, *SHARDS)), *(f"track.{key}" for key in TRACK)]
+    inherited += ["train.precision", "train.device", "train.runs_dir"]
+    if {"-h", "--help"} & set(arguments):
+        configs.load(["--help"], prog, kind, dict.fromkeys(inherited, OF_THE_RUN) | recipe)
     if not arguments or arguments[0].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            print(f"usage: {prog} RUN [--config FILE] [--init none] [--fraction F] [--per-class N] [--KEY VALUE ...]\n")
-            configs.load(["--help"], prog, kind)
         raise UserError(
             f"{prog}: write the run to evaluate first: {prog} runs/NAME --config configs/{name}_vit_b16.yaml"
         )
     pretrained = Pretrained.find(Path(arguments[0]))
     words = [option.partition("=") for option in arguments[1:]]
     spread = [SHORT.get(option, option) + equals + value for option, equals, value in words]
-    run, track = pretrained.config, track_of(pretrained)
-    own = {f"data.{key}": getattr(run.data, key) for key in (*CROPS, *SHARDS)}
-    own |= {f"track.{key}": getattr(track, key) for key in ("mlflow", "experiment", "tracking_uri")}
-    own |= {f"train.{key}": getattr(run.train, key) for key in ("precision", "device")}
-    own |= {"train.global_batch_size": batch, "train.epochs": epochs}
-    own |= {"data.crop_scale": CROP_SCALE, "data.crop_clip": kind is LinearConfig}
-    own |= {"train.runs_dir": str(pretrained.run_dir / EVALUATIONS), "train.name": name}
-    config = configs.load(spread, prog, kind, own)
+    run = pretrained.config
+    now = dataclasses.replace(
+        run,
+        track=track_of(pretrained),
+        train=dataclasses.replace(run.train, runs_dir=str(pretrained.run_dir / EVALUATIONS)),
+    )
+    own = {key: value for key, value in configs.flat(now) if key in inherited}
+    config = configs.load(spread, prog, kind, own | recipe)
     config.check(run.model.in_chans)
     return pretrained, config
 
@@ -146,7 +152,7 @@ def prepare(
     meta = identity(config, source)
     meta["data"]["init"] = pretrained.digest
     stack.enter_context(alone(t.run_dir, world))
-    checkpoints = Checkpoints(t.run_dir / "checkpoints", world, t.keep_checkpoints)
+    checkpoints = Checkpoints(t.run_dir / "checkpoints", world, t.keep_checkpoints, t.keep_every)
     newest = checkpoints.newest()
     start = check_resume(config, newest, meta) if newest else 0
     if newest:
@@ -165,7 +171,7 @@ def prepare(
     schedule = CosineSchedule(peak, config.optim.min_lr, warmup, total)
     return Session(
         pretrained, config, world, learner, stream, test, bad, num_samples, accumulate, start, total, schedule,
-        Saver(checkpoints, lambda: learner, learner.num_bytes, in_background=False), meta, stop,
+        Saver(checkpoints, lambda: learner, learner.num_bytes, in_background=False, minutes=t.save_minutes), meta, stop,
     )  # fmt: skip
 
 
@@ -200,11 +206,14 @@ def fit(session: Session, journal: Journal | None) -> None:
         meters.add(learner.step(session.schedule.lr(k)), feed.waited)
         stop = agreement.soon(session.stop.signal)
         feed.waited, session.stop.begun = 0.0, True
-        done, last = k + 1, k + 1 == session.total
+        done, last, due = k + 1, k + 1 == session.total, False
+        if k == session.start + 1:  # every rank is through its first step, and what that compiled
+            session.world.set_timeout(config.timeout)
         if last or done % config.log_every == 0:
             read = done * config.global_batch_size // session.config.data.repeated_aug
             found, rate = session.bad.count(read), session.stream.worker_rate()
-            reading = meters.sync(session.schedule.lr(k), done / epoch_steps, found, rate)
+            reading = meters.sync(session.schedule.lr(k), done / epoch_steps, found, rate, session.saver.due)
+            due = reading.save_due
             if journal:
                 journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
                 progress.show(done, reading.metrics)
@@ -213,7 +222,7 @@ def fit(session: Session, journal: Journal | None) -> None:
         began = time.perf_counter()
         if last or done % config.eval_every == 0:
             score(session, done, journal)
-        if last or stop or done % config.save_every == 0:
+        if last or stop or due or done % config.save_every == 0:
             session.saver.save(done, session.meta, wait=bool(last or stop))
         meters.pause(time.perf_counter() - began)
         if stop and not last:

@@ -34,6 +34,7 @@ class MAEConfig:
     patch_size: int = 16
     """Pixels a side of one patch; replaces the one in `enc_name`."""
     in_chans: int = 3
+    """Channels of the images: 3 for RGB, 1 for grey."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder, in (0, 1)."""
     masking: Masking = "random"
@@ -43,14 +44,19 @@ class MAEConfig:
     """Share of the hidden patches that the decoder sees and predicts in training, drawn at random, in (0, 1]: fewer
     make a step cheaper. Evaluation always predicts all."""
     dec_dim: int = 384
+    """Width of the decoder."""
     dec_depth: int = 6
+    """Blocks of the decoder."""
     dec_heads: int = 12
+    """Attention heads of the decoder; they divide its width."""
     norm_pix_loss: bool = False
     """Predict each patch's pixels normalised by that patch's own mean and variance (paper section 4.1)."""
     enc_dim: int | None = None
-    """Width, depth and heads of the encoder where they are not those of `enc_name`."""
+    """Width of the encoder; null: that of `enc_name`."""
     enc_depth: int | None = None
+    """Blocks of the encoder; null: those of `enc_name`."""
     enc_heads: int | None = None
+    """Attention heads of the encoder; null: those of `enc_name`."""
 
     @property
     def height_width(self) -> tuple[int, int]:

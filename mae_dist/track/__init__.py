@@ -12,6 +12,6 @@ class TrackConfig:
     experiment: str = "mae_dist"
     """Name of the MLflow experiment. Where MLFLOW_EXPERIMENT_NAME is set, that one is used instead."""
     tracking_uri: str | None = None
-    """None: MLFLOW_TRACKING_URI, else a sqlite file in the runs directory. Where both are set, the environment wins."""
+    """null: MLFLOW_TRACKING_URI, else a sqlite file in the runs directory. Where both are set, the environment wins."""
     close_timeout: float = 30.0
     """Seconds that the end of a run waits for MLflow to catch up."""

@@ -10,20 +10,26 @@ from mae_dist.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long a run is, how its batches are cut, and what it keeps."""
+
     name: str = "mae"
     """The run's name: its directory is RUNS_DIR/NAME. Starting the same name again resumes it."""
     runs_dir: str = "runs"
+    """Directory of the runs."""
     seed: int = 0
     """Of initialisation, order, crops and masks: with the data it decides the whole run."""
     global_batch_size: int = 4096
     """Images an update. Cut over ranks and micro-batches; the result does not depend on how."""
     micro_batch_size: int | None = None
-    """Images a rank takes at once; None: all of its share. Fewer need less memory, and gradients are accumulated."""
+    """Images a rank takes at once; null: all of its share. Fewer need less memory, and gradients are accumulated."""
     epochs: float = 800.0
+    """Times that every training image is seen."""
     steps: int | None = None
     """Updates of the whole run; replaces `epochs`."""
     precision: Precision = "bf16"
+    """Of the forward and backward pass; weights and moments are float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: on CUDA where there is any."""
     log_every: int = 20
     """Steps between lines and journal entries."""
     eval_every: int = 1000
@@ -44,11 +50,11 @@ class TrainConfig:
     max_skipped: int = 20
     """Updates in a row that may be skipped for non-finite numbers or spikes before the run stops."""
     spike_sigma: float | None = None
-    """Skip an update whose loss is so many standard deviations above the recent mean (6, say); None: none is."""
+    """Skip an update whose loss is so many standard deviations above the recent mean (6, say); null: none is."""
     timeout: float = 300.0
     """Seconds that a rank waits for the others in a step before it gives the run up, to be started again."""
     watchdog: float | None = 60.0
-    """Seconds after which a step that hangs is told of, with the stacks of all ranks in logs/; None: never."""
+    """Seconds after which a step that hangs is told of, with the stacks of all ranks in logs/; null: never."""
     accept_changes: bool = False
     """Resume although the config or the data changed (a lower learning rate after a divergence, say)."""
 

@@ -1,6 +1,6 @@
 """What a reviewer sees: a run opened in MLflow with a real browser shows its loss curve and its reconstructions.
 
-Set MAE_DIST_SCREENSHOTS=DIR to keep the pictures and look at them.
+Set SCREENSHOTS=DIR to keep the pictures and look at them.
 """
 
 import os
@@ -69,7 +69,7 @@ def test_the_loss_curve_and_the_reconstructions_are_on_the_runs_page(runs, serve
     assert experiment
     run = client.search_runs([experiment.experiment_id])[0].info
     assert run.status == "FINISHED"
-    keep = Path(os.environ.get("MAE_DIST_SCREENSHOTS", runs))
+    keep = Path(os.environ.get("SCREENSHOTS", runs))
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1500, "height": 1300})

@@ -3,9 +3,9 @@
 Needs neither a Docker daemon nor a registry: debootstrap makes the base image, buildah builds in a chroot. It downloads
 torch and CUDA, so it runs only when asked to:
 
-    MAE_DIST_TEST_IMAGE=1 pytest -m system tests/system/test_image.py
+    TEST_IMAGE=1 pytest -m system tests/system/test_image.py
 
-MAE_DIST_BUILD_ARGS holds more arguments for `buildah bud`, for example a pip configuration of one's own:
+IMAGE_BUILD_ARGS holds more arguments for `buildah bud`, for example a pip configuration of one's own:
 "-v /home/me/pip.conf:/etc/pip.conf:ro".
 """
 
@@ -39,8 +39,8 @@ def run(*command: str | Path, seconds: float = 3600) -> str:
 @pytest.fixture(scope="module")
 def image() -> Iterator[Run]:
     """Builds the image; yields a function that runs a command in a container of it."""
-    if os.environ.get("MAE_DIST_TEST_IMAGE") != "1":
-        pytest.skip("downloads gigabytes: set MAE_DIST_TEST_IMAGE=1 to build the image")
+    if os.environ.get("TEST_IMAGE") != "1":
+        pytest.skip("downloads gigabytes: set TEST_IMAGE=1 to build the image")
     if os.geteuid() != 0:
         pytest.skip("debootstrap and buildah's chroot isolation need root")
     if missing := [tool for tool in ("debootstrap", "buildah") if shutil.which(tool) is None]:
@@ -59,7 +59,7 @@ def image() -> Iterator[Run]:
         try:
             run(*build, "-t", BASE, context)
             arguments = [f"--build-arg=BASE_IMAGE={BASE}", "--build-arg=GIT_COMMIT=c0ffee"]
-            run(*build, *arguments, *shlex.split(os.environ.get("MAE_DIST_BUILD_ARGS", "")), "-t", IMAGE, REPOSITORY)
+            run(*build, *arguments, *shlex.split(os.environ.get("IMAGE_BUILD_ARGS", "")), "-t", IMAGE, REPOSITORY)
             container = run(*buildah, "from", "--pull-never", IMAGE).split()[-1]
             yield lambda *command: run(*buildah, "run", "--isolation=chroot", container, "--", *command, seconds=300)
         finally:
