@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def shard(arguments: Sequence[str]) -> int:
+    from mae_dist.shards.encoded import MAX_PIXELS
+
     parser = Parser("mae-dist shard", description="Turn images into WebDataset shards.")
     number = partial(parser.add_argument, type=int, metavar="N")
     parser.add_argument(
@@ -59,6 +61,7 @@ def shard(arguments: Sequence[str]) -> int:
     number("--max-bad", default=0, help="unreadable images to leave out (%(default)s)")
     parser.add_argument("--resize", default="none", help="none, shortest:N or only-if-bigger:N pixels (%(default)s)")
     number("--quality", default=95, help="of JPEGs encoded again (%(default)s)")
+    number("--max-pixels", default=MAX_PIXELS, help="an image may have, as data.max_pixels in training (%(default)s)")
     parser.add_argument("--exif-rotate", action="store_true", help="turn pixels upright (the official loader does not)")
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="shards I, I + N, ... only, I from 0")
     parser.add_argument("--ray", default="", metavar="ADDRESS", help="work on a Ray cluster (auto, or HOST:PORT)")
@@ -105,6 +108,8 @@ def index(arguments: Sequence[str]) -> int:
 
 
 def verify(arguments: Sequence[str]) -> int:
+    from mae_dist.shards.encoded import MAX_PIXELS
+
     parser = Parser(
         "mae-dist verify",
         description="Read shards again: sizes, checksums, counts, indexes, keys, every image decoded. "
@@ -112,13 +117,15 @@ def verify(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+                        help="an image may have, as data.max_pixels in training (%(default)s)")  # fmt: skip
     given = parser.parse_args(arguments)
     from mae_dist.shards.mirror import load_manifest
     from mae_dist.shards.verify import verify as check
 
     manifest = load_manifest(given.shards, check=False)
     count = 0
-    for problem in check(manifest, given.workers):
+    for problem in check(manifest, given.workers, given.max_pixels):
         print(problem, flush=True)
         count += 1
     found = f"{count} problems" if count else "nothing wrong"

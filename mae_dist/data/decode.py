@@ -8,12 +8,11 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from mae_dist.data.turbojpeg import decompressor
-from mae_dist.shards.convert import bits_beyond_8, eight_bits, open_image
+from mae_dist.shards.encoded import MAX_PIXELS, can_be_scaled, open_image, pixels_of, refuse_size
 
 COLORSPACES = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 JPEG_START = b"\xff\xd8"
-MAX_PIXELS = 100_000_000
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Decoder = Literal["fast", "region", "pil"]
@@ -36,19 +35,16 @@ def decode(
 
     Returns (h, w, channels) uint8, channels 1 (grey), 3 or 4; with `least` (height, width), of a JPEG at 1/2, 1/4
     or 1/8 where the box stays at least so large there. JPEGs go to libjpeg-turbo in strict mode first ("fast":
-    simplejpeg; "region": TurboJPEG >= 3, the same bits), whatever it refuses to PIL, whose word counts. Raises
-    ValueError for more than `max_pixels` pixels, from the header, before decoding; what PIL raises (OSError,
-    ValueError, SyntaxError) for bytes that are no image. EXIF orientation is ignored, as in the paper's code.
+    simplejpeg; "region": TurboJPEG >= 3, the same bits), what that cannot read and all else to PIL. Raises what
+    `open_image` and `pixels_of` raise, which say what is bad and what becomes of rare kinds of image; for more than
+    `max_pixels` pixels from the header, before decoding.
     """
     if decoder != "pil" and data[:2] == JPEG_START and channels in COLORSPACES and channels != 4:
         pixels = _jpeg(data, channels, choose, decoder, max_pixels, least)
         if pixels is not None:
             return pixels
-    with open_image(data) as image:
-        _refuse_bomb(image.height, image.width, max_pixels)
-        deep = bits_beyond_8(image)
-        image = eight_bits(image, deep) if deep else image
-        pixels = np.array(image.convert(MODES[channels]))
+    with open_image(data, max_pixels) as image:
+        pixels = np.array(pixels_of(image, MODES[channels]))
     return cut(pixels if pixels.ndim == 3 else pixels[..., None], choose)
 
 
@@ -80,13 +76,13 @@ def _jpeg(
     max_pixels: int,
     least: tuple[int, int] | None,
 ) -> NDArray[np.uint8] | None:
-    """None: for PIL to judge (rare files of ImageNet that PIL reads)."""
+    """None: damaged, or a kind that only PIL reads."""
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg has no name for
         return None
-    _refuse_bomb(height, width, max_pixels)
-    scale, box = reduced(choose(height, width), least)
+    refuse_size(width, height, len(data), max_pixels)
+    scale, box = reduced(choose(height, width), least if can_be_scaled(data) else None)
     size = -(-height // scale), -(-width // scale)
     try:
         if decoder == "region":
@@ -97,8 +93,3 @@ def _jpeg(
         return cut(pixels, lambda *_: box)
     except ValueError:
         return None
-
-
-def _refuse_bomb(height: int, width: int, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise ValueError(f"{width} x {height} pixels, more than data.max_pixels {max_pixels}")

@@ -7,11 +7,10 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL import Image, ImageOps
 
 from mae_dist.errors import UserError
+from mae_dist.shards.encoded import MAX_PIXELS, bits_beyond_8, decode_all, open_image, pixels_of
 
 # What timm, webdataset and open_clip read; others become PNG. MPO: the JPEG of phones, with a second picture behind it.
 KEPT_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -27,6 +26,8 @@ class Conversion:
     """Of the JPEG and WebP images that have to be encoded again."""
     exif_rotate: bool = False
     """Turn pixels upright as EXIF says. Off: the paper's loader ignores EXIF, and so does ours."""
+    max_pixels: int = MAX_PIXELS
+    """Of an image, before and after resizing: what `data.max_pixels` is to be in training."""
 
     def __post_init__(self) -> None:
         kind, _, side = self.resize.partition(":")
@@ -34,6 +35,8 @@ class Conversion:
             raise UserError(f"--resize {self.resize}: write none, shortest:256 or only-if-bigger:512")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: write a number from 1 to 100")
+        if self.max_pixels < 1:
+            raise UserError(f"--max-pixels {self.max_pixels}: write a number of at least 1")
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing."""
@@ -44,32 +47,25 @@ class Conversion:
         return max(1, round(width * int(side) / short)), max(1, round(height * int(side) / short))
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The encoded image, its pixels still to be decoded. Raises what PIL raises, without the address of a buffer."""
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError(f"no image that PIL knows, {len(data)} bytes") from None
-
-
 def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     """The bytes to store and their suffix, which follows the bytes, not the file's name.
 
     The given bytes when nothing has to change. Encoded again: what `how` resizes or turns, CMYK JPEGs (as RGB), formats
     that readers do not know (as PNG), grey of 16 bits (as 8: readers clip it to white). The format stays otherwise, and
-    so do grey and transparent images. Raises what PIL raises (OSError, ValueError, SyntaxError, DecompressionBombError)
-    for bytes that are no image, and ValueError for pixels whose white is anybody's guess.
+    so do grey and transparent images. Raises what `open_image` and `pixels_of` raise.
     """
-    with open_image(data) as image:
+    with open_image(data, how.max_pixels) as image:
         kind = image.format or ""
-        image.load()
         turned = how.exif_rotate and image.getexif().get(ORIENTATION, 1) in range(2, 9)
-        upright = ImageOps.exif_transpose(image) if turned else image
-        size = how.size(*upright.size)
-        deep = bits_beyond_8(image)
-        if not turned and size == upright.size and kind in KEPT_AS_IS and image.mode != "CMYK" and not deep:
+        same = not turned and how.size(*image.size) == image.size
+        if same and kind in KEPT_AS_IS and image.mode != "CMYK" and not bits_beyond_8(image):
+            decode_all(image, data)
             return data, KEPT_AS_IS[kind]
-        pixels = eight_bits(upright, deep) if deep else upright.convert(plain_mode(upright))
+        pixels = pixels_of(image)
+    pixels = ImageOps.exif_transpose(pixels) if turned else pixels
+    size = how.size(*pixels.size)
+    if size[0] * size[1] > how.max_pixels:
+        raise ValueError(f"resized, it has {size[0]} x {size[1]} pixels, more than data.max_pixels {how.max_pixels}")
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)  # PIL's is antialiased
     out = io.BytesIO()
@@ -79,28 +75,3 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     pixels.info.clear()
     pixels.save(out, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix], **options)
     return out.getvalue(), suffix
-
-
-def bits_beyond_8(image: Image.Image) -> int:
-    """Of grey pixels; 0 for all others. Raises ValueError when it is not known which value is white."""
-    if image.mode.startswith("I;16"):
-        return image.tag_v2[BITSPERSAMPLE][0] - 8 if isinstance(image, TiffImageFile) else 8  # TIFF has 12 as well
-    if image.mode == "I" and image.format == "PPM":  # PIL scales it to 16 bits
-        return 8
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}, and no saying which value is white; save it with 8 or 16 bits")
-    return 0
-
-
-def eight_bits(image: Image.Image, deep: int) -> Image.Image:
-    """Grey of 8 bits, from `deep` bits more; `convert` would clip it to white."""
-    return Image.fromarray((np.asarray(image) >> deep).astype(np.uint8))
-
-
-def plain_mode(image: Image.Image) -> str:
-    """The mode that keeps what every reader understands: grey, RGB, or RGB with transparency."""
-    if image.mode in ("1", "L"):
-        return "L"
-    if image.format in ("JPEG", "MPO"):
-        return "RGB"
-    return "RGBA" if image.has_transparency_data else "RGB"

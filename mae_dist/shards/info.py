@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
-from mae_dist.shards.convert import open_image
+from mae_dist.shards.encoded import open_image, pixels_of
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 
@@ -125,7 +125,7 @@ def _picture(store: LocalStore | RemoteStore, shard: int, row: int) -> tuple[Ima
         raise UserError(f"{store.manifest.place(shard)}: no contact sheet: {error}") from error
     try:
         with open_image(data) as image:
-            return ImageOps.fit(image.convert("RGB"), (TILE, TILE), Image.Resampling.BICUBIC), label
+            return ImageOps.fit(pixels_of(image, "RGB"), (TILE, TILE), Image.Resampling.BICUBIC), label
     except Exception:  # decoders raise what they like for bad bytes
         tile = Image.new("RGB", (TILE, TILE), INK)
         ImageDraw.Draw(tile).line([(0, 0), (TILE, TILE)], fill=PAPER)

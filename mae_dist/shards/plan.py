@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from mae_dist import rng
 from mae_dist.errors import UserError
 from mae_dist.shards.convert import Conversion
+from mae_dist.shards.encoded import MAX_PIXELS
 from mae_dist.shards.inputs import Input
 from mae_dist.shards.label_file import read_labels
 from mae_dist.shards.labels import of_unlabelled
@@ -60,7 +61,10 @@ class Recipe:
             raise UserError(f"--shard-size must be at least 1, not {self.shard_size}")
 
     def text(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        recipe = asdict(self)
+        if self.conversion.max_pixels == MAX_PIXELS:  # as recipes were before it could be chosen
+            del recipe["conversion"]["max_pixels"]
+        return json.dumps(recipe, indent=1) + "\n"
 
 
 class Item(NamedTuple):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mae_dist.shards import remote
-from mae_dist.shards.convert import open_image
+from mae_dist.shards.encoded import MAX_PIXELS, decode_all, open_image
 from mae_dist.shards.index import Sample, samples
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.processes import in_order
@@ -39,11 +39,14 @@ class Checked:
     """A hash of every key found, in order."""
 
 
-def verify(manifest: Manifest, workers: int = 1) -> Iterator[Problem]:
-    """Every problem, shard by shard as they are read by `workers` processes; keys of several shards at the end."""
+def verify(manifest: Manifest, workers: int = 1, max_pixels: int = MAX_PIXELS) -> Iterator[Problem]:
+    """Every problem, shard by shard as they are read by `workers` processes; keys of several shards at the end.
+
+    `max_pixels`: of an image, as `data.max_pixels` will be in training.
+    """
     hashes, count = [], len(manifest.shards)
     with tqdm(total=manifest.num_samples, unit="img", desc="verify", dynamic_ncols=True) as bar:
-        found = in_order(partial(check_shard, manifest), range(count), workers)
+        found = in_order(partial(check_shard, manifest, max_pixels), range(count), workers)
         for shard, checked in zip(manifest.shards, found, strict=True):
             bar.update(shard.count)
             hashes.append(checked.keys)
@@ -58,7 +61,7 @@ def verify(manifest: Manifest, workers: int = 1) -> Iterator[Problem]:
             yield from _shared_keys(manifest, first, second)
 
 
-def check_shard(manifest: Manifest, i: int) -> Checked:
+def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
     """Read one shard from front to back against its manifest entry and its table."""
     shard, place = manifest.shards[i], manifest.place(i)
     problems: list[Problem] = []
@@ -81,7 +84,7 @@ def check_shard(manifest: Manifest, i: int) -> Checked:
                 if len(rows) < len(table) and table[len(rows)] != row:
                     say(sample.key, f"lies at (offset, length, label) {row}, its table says {table[len(rows)]}")
                 rows.append(row)
-                if what := undecodable(sample):
+                if what := undecodable(sample, max_pixels):
                     say(sample.key, what)
     except BadTar as error:
         say("", str(error))
@@ -99,12 +102,12 @@ def check_shard(manifest: Manifest, i: int) -> Checked:
     return Checked(problems, np.array([hash_of(key) for key in keys], dtype=np.int64))
 
 
-def undecodable(sample: Sample) -> str:
+def undecodable(sample: Sample, max_pixels: int = MAX_PIXELS) -> str:
     """What is wrong with an image, after decoding all of it; empty when nothing is."""
     assert sample.image
     try:
-        with open_image(sample.image.data) as image:
-            image.load()
+        with open_image(sample.image.data, max_pixels) as image:
+            decode_all(image, sample.image.data)
     except Exception as error:  # decoders raise what they like for bad bytes
         return f"unreadable image: {' '.join(str(error).split())}"
     return ""

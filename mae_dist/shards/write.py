@@ -93,7 +93,7 @@ def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
 
 def make_recipe(images: str | Path, labels: str | Path | None = None, **settings: Any) -> Recipe:
     """Recipe of absolute paths; `settings`: its other fields and those of Conversion. Raises UserError for bad ones."""
-    how = {key: settings.pop(key) for key in ("resize", "quality", "exif_rotate") if key in settings}
+    how = {key: settings.pop(key) for key in ("resize", "quality", "exif_rotate", "max_pixels") if key in settings}
     absolute = [str(Path(path).absolute()) if path else None for path in (images, labels)]
     return Recipe(absolute[0] or "", absolute[1], conversion=Conversion(**how), **settings)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_dist.shards.encoded import open_image
+
 MIN_TILE = 96  # pixels; smaller images are enlarged by a whole factor, so that each of their pixels stays a square
 THIN, WIDE = 2, 10  # pixels between the pictures of one image, and around them
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
@@ -85,11 +87,10 @@ def save_picture(picture: Image.Image, run_dir: Path | str, step: int, key: str 
 
 def open_picture(path: Path) -> Image.Image | None:
     """A picture, decoded; None for a file that is none. Raises OSError where the disk fails."""
+    data = path.read_bytes()
     try:
-        picture = Image.open(path)
+        picture = open_image(data)
         picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:  # Pillow's own errors carry no number
-            raise
+    except (OSError, SyntaxError, ValueError):
         return None
     return picture
