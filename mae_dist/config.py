@@ -50,6 +50,7 @@ class Config:
         self.optim.check()
         self.train.check()
         self.engine.check()
+        self.track.check()
         if self.data.mode == "webdataset" and not self.data.epoch_size and not self.train.steps:
             raise UserError(
                 "data.epoch_size: not set, and a list of shards does not say how many images it holds; "

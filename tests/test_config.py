@@ -125,7 +125,7 @@ def test_a_mistake_on_the_command_line_is_named(arguments, says):
         (["--train.name=a/b"], "train.name"),
         (["--train.log_every=0"], "train.log_every"),
         (["--data.shards=x", "--data.fake=true"], "data.fake"),
-        (["--data.fake=true", "--data.repeated_aug=0"], "repeated_aug at least 1"),
+        (["--data.fake=true", "--data.repeated_aug=0"], "data.repeated_aug: 0: write a whole number in [1, 1000]"),
     ],
 )
 def test_values_that_cannot_be(arguments, says):

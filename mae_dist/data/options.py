@@ -1,11 +1,12 @@
 """What the data is and how it is cut. The defaults are the paper's pretraining augmentation (appendix A.1)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mae_dist.data.decode import MAX_PIXELS, Decoder
 from mae_dist.data.turbojpeg import library
 from mae_dist.errors import UserError
+from mae_dist.ranges import COUNT, COUNT_OR_NONE, check_numbers
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,16 @@ class DataConfig:
     """Views of each sample in a batch, side by side, for one read and one decode: with 4 the same `train.epochs` (of
     views) decode a quarter. A micro-batch must hold all views of its samples."""
 
+    RANGES: ClassVar = {
+        "epoch_size": "[1, 1000000000000]", "val_shards": COUNT_OR_NONE, "fake_size": COUNT, "crop_scale": "(0, 1]",
+        "crop_ratio": "(0, 1e3]", "flip": "[0, 1]", "eval_crop": "(0, 1]", "mean": "[-1e3, 1e3]", "std": "[1e-6, 1e3]",
+        "cache_bytes": "[1, 1000000000000000]", "workers": "[0, 512]", "max_pixels": COUNT,
+        "max_bad_fraction": "[0, 1]", "lanes": "[1, 1000000]", "window": COUNT_OR_NONE, "repeated_aug": "[1, 1000]",
+    }  # fmt: skip
+
     def check(self, in_chans: int) -> None:
         """Raise UserError for what cannot be trained on."""
+        check_numbers(self, "data.")
         if not self.shards and not self.fake:
             raise UserError(
                 "data.shards: not set. Make shards once with: mae-dist shard IMAGES SHARDS, then add "
@@ -79,20 +88,9 @@ class DataConfig:
                 raise UserError(
                     f"data.{name}: {len(values)} values for {in_chans} channels; write {in_chans}, or one for all"
                 )
-        if min(self.std) <= 0:
-            raise UserError(f"data.std: {self.std}: every value must be above 0")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale: {self.crop_scale} is not a range inside (0, 1]")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise UserError(f"data.crop_ratio: {self.crop_ratio} is not a range of positive numbers")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"data.flip: {self.flip} is not a probability in [0, 1]")
-        if not 0 < self.eval_crop <= 1:
-            raise UserError(f"data.eval_crop: {self.eval_crop} is not in (0, 1]")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction: {self.max_bad_fraction} is not a share in [0, 1]")
-        if self.max_pixels < 1:
-            raise UserError(f"data.max_pixels: {self.max_pixels}: write a number of at least 1")
+        for name in ("crop_scale", "crop_ratio"):
+            if getattr(self, name)[0] > getattr(self, name)[1]:
+                raise UserError(f"data.{name}: {getattr(self, name)} is not a range: write the smaller number first")
         if self.decoder == "region":
             library()  # raises where it is missing
         if self.dct_scale and self.decoder == "pil":
@@ -101,10 +99,6 @@ class DataConfig:
             raise UserError(
                 "data.dct_scale: true, but data.repeated_aug cuts all views out of one decode; leave one out"
             )
-        if self.cache_bytes is not None and self.cache_bytes < 1:
-            raise UserError(f"data.cache_bytes: {self.cache_bytes}: write the bytes that remote shards may take")
-        if self.workers < 0 or self.window < 0 or min(self.lanes, self.fake_size, self.repeated_aug) < 1:
-            raise UserError("data: workers and window must be at least 0, lanes, fake_size and repeated_aug at least 1")
 
     def _check_mode(self) -> None:
         shards = self.shards or ""
@@ -131,5 +125,3 @@ class DataConfig:
                 raise UserError("data.lanes, data.window: mode webdataset has no order to set; leave them out")
             if self.repeated_aug != 1:
                 raise UserError("data.repeated_aug: mode webdataset makes one view of a sample; leave it out")
-            if self.epoch_size is not None and self.epoch_size < 1:
-                raise UserError(f"data.epoch_size: {self.epoch_size}: write a number of at least 1")

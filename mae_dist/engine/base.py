@@ -3,16 +3,19 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mae_dist.engine.world import World
-from mae_dist.errors import UserError
 from mae_dist.model import MAE, MAEConfig
+from mae_dist.ranges import check_numbers
 
 Precision = Literal["bf16", "fp16", "fp32"]
+LEARNING = {
+    "blr": "[0, 1e6]", "lr": "[0, 1e6]", "min_lr": "[0, 1e6]", "warmup_epochs": "[0, 1e9]", "weight_decay": "[0, 1e3]",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,11 @@ class OptimConfig:
     def peak_lr(self, global_batch_size: int) -> float:
         return self.blr * global_batch_size / 256 if self.lr is None else self.lr
 
+    RANGES: ClassVar = LEARNING | {"betas": "[0, 1)", "clip_grad": "[1e-12, 1e12]"}
+
     def check(self) -> None:
-        if min(self.blr, self.min_lr, self.warmup_epochs, self.weight_decay) < 0 or (self.lr or 0) < 0:
-            raise UserError("optim: blr, lr, min_lr, warmup_epochs and weight_decay cannot be negative")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas: {self.betas}: both must be in [0, 1), such as [0.9, 0.95]")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise UserError(f"optim.clip_grad: {self.clip_grad}: write a number above 0, or null for no clipping")
+        """Raise UserError naming what is out of its range."""
+        check_numbers(self, "optim.")
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,9 +1,10 @@
 """Which engine runs the steps, and its options."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mae_dist.errors import UserError
+from mae_dist.ranges import check_numbers
 
 OWNERS = {"zero_stage": "deepspeed", "offload": "deepspeed", "compress_gradients": "ddp"}
 
@@ -23,10 +24,11 @@ class EngineConfig:
     compress_gradients: bool = False
     """ddp: gradients travel as bf16, half the bytes; the curve changes within bf16 error."""
 
+    RANGES: ClassVar = {"zero_stage": "[0, 3]"}
+
     def check(self) -> None:
         """Raise UserError for an option of another engine."""
-        if self.zero_stage not in range(4):
-            raise UserError(f"engine.zero_stage: {self.zero_stage}: write 0, 1, 2 or 3")
+        check_numbers(self, "engine.")
         for key, owner in OWNERS.items():
             if getattr(self, key) != getattr(EngineConfig, key) and self.name != owner:
                 raise UserError(f"engine.{key}: is an option of engine.name {owner}, not of {self.name}; leave it out")

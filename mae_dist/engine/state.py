@@ -8,7 +8,7 @@ or another number of processes, and nothing read from a checkpoint is ever unpic
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mae_dist.engine.base import Engine, Part, Shapes
+from mae_dist.engine.world import World
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 
@@ -37,6 +38,8 @@ class Snapshot(NamedTuple):
     """`exp_avg.NAME`, `exp_avg_sq.NAME` of this rank's share; on rank 0 the counters too."""
     rank: int
     world_size: int
+    broken: str
+    """The first tensor that is not finite, the same on every rank; empty when all are."""
 
     def write(self, directory: Path) -> list[Path]:
         """Write this rank's files into an existing directory; returns them. Talks to no other rank. Raises OSError."""
@@ -59,9 +62,10 @@ def capture(engine: Engine, counters: Mapping[str, Tensor] = MappingProxyType({}
     """
     world = engine.world
     owners = shares(engine.shapes, world.size)
-    weights, moments = {}, {}
+    weights, moments, good = {}, {}, []
     for name in engine.shapes:
         part = engine.gather(name)
+        good += [finite(part.weight, *(part.moments or ()))]
         if world.is_main:
             weights[name] = to_host(part.weight.float())
         if part.moments and owners[name] == world.rank:
@@ -70,7 +74,31 @@ def capture(engine: Engine, counters: Mapping[str, Tensor] = MappingProxyType({}
         moments |= {COUNTER + name: to_host(value) for name, value in (engine.counters() | dict(counters)).items()}
     if world.device.type == "cuda":
         torch.cuda.synchronize()
-    return Snapshot(weights, moments, world.rank, world.size)
+    return Snapshot(weights, moments, world.rank, world.size, first_broken(engine.shapes, good, world))
+
+
+def finite(*tensors: Tensor) -> Tensor:
+    """() bool: whether all numbers of the tensors are finite, in one pass without a copy."""
+    return torch.stack([torch.stack(t.detach().float().aminmax()).isfinite().all() for t in tensors]).all()
+
+
+def first_broken(names: Iterable[str], good: list[Tensor], world: World) -> str:
+    """The first of `names` that is not `good` on some rank; empty: none. Collective."""
+    bad = world.max((~torch.stack(good)).float()).tolist()
+    return next((name for name, flag in zip(names, bad, strict=True) if flag), "")
+
+
+def broken(engine: Engine) -> str:
+    """The first entry of a run's state, weights and moments, that is not finite; empty: none is. Collective."""
+    parts = (engine.gather(name) for name in engine.shapes)
+    return first_broken(engine.shapes, [finite(part.weight, *(part.moments or ())) for part in parts], engine.world)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise UserError, naming a tensor, where not all numbers are finite."""
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise UserError(f"{where}: {name} has numbers that are not finite: these weights are ruined; use others")
 
 
 def state_bytes(engine: Engine) -> int:
@@ -108,14 +136,18 @@ def restore(engine: Engine, directory: Path) -> dict[str, Tensor]:
         engine.set_counters(counters)
         for name in engine.shapes:
             moments = [place[key].get_tensor(key) for key in (f"{m}.{name}" for m in MOMENTS) if key in place]
-            engine.put(name, Part(place[name].get_tensor(name), (moments[0], moments[1]) if moments else None))
+            weight = place[name].get_tensor(name)
+            check_finite(dict(zip((name, *MOMENTS), (weight, *moments), strict=False)), directory)
+            engine.put(name, Part(weight, (moments[0], moments[1]) if moments else None))
     return counters
 
 
 def load_weights(model: MAE, directory: Path) -> None:
     """Load a checkpoint's weights alone. Raises UserError, naming a key, when they are another model's."""
     check_shapes(directory, {key: tuple(value.shape) for key, value in model.state_dict().items()})
-    model.load_state_dict(load_file(directory / WEIGHTS))
+    weights = load_file(directory / WEIGHTS)
+    check_finite(weights, directory)
+    model.load_state_dict(weights)
 
 
 def check_shapes(directory: Path, shapes: Shapes) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,7 @@ from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.evaluate.features import Features, Kind, Pool, extract, fingerprint
 from mae_dist.evaluate.tracked import EVALUATIONS, logged, name_of, track_of
 from mae_dist.model.nearest import knn_right
+from mae_dist.ranges import COUNT, SEED, check_numbers
 from mae_dist.train.checkpoint import step_of
 
 
@@ -30,6 +32,15 @@ class Question:
     per_class: int | None = None
     seeds: Sequence[int] = (0,)
     """Of the choice of labels; the table has the mean over them."""
+
+    RANGES: ClassVar = {"ks": COUNT, "fraction": "(0, 1]", "per_class": COUNT, "seeds": SEED}
+
+    def check(self) -> None:
+        """Raise UserError naming what is out of its range, or empty."""
+        check_numbers(self, "knn: ")
+        for name in ("of", "ks", "seeds"):
+            if not getattr(self, name):
+                raise UserError(f"knn: {name}: empty: write one or more")
 
 
 def evaluation_config(
@@ -113,6 +124,7 @@ def knn(
     max_bad_fraction: float | None = None,
 ) -> str:
     """The table of `mae-dist knn`, on all the processes of this world; rank 0 logs it as a child of the run."""
+    question.check()
     pretrained = Pretrained.find(run)
     config = evaluation_config(pretrained, train, test, precision, max_bad_fraction)
     world = World.join()

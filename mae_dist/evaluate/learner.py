@@ -1,5 +1,6 @@
 """One supervised update over all ranks, and its whole state: what linear probing and fine-tuning share."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mae_dist.data import Batch
 from mae_dist.engine import StepResult, World
 from mae_dist.engine.base import Precision
-from mae_dist.engine.state import COUNTER, WEIGHTS
+from mae_dist.engine.state import COUNTER, WEIGHTS, finite, first_broken
 from mae_dist.engine.update import Update, Updating, autocast
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
@@ -58,8 +59,30 @@ class Learner(Updating):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update(self.model)
+            self._average(self.ema)
         return self.update.result(norm)
+
+    def _average(self, ema: ModelEmaV3) -> None:
+        """Move the average towards the weights, but after an update that was skipped."""
+        weight = (1 - ema.decay) * (1 - self.update.bad)
+        for average, now in zip(ema.module.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(now, weight)
+
+    @property
+    def broken(self) -> str:
+        """See `Share`. Collective."""
+        state = {name: t for file in self.state().values() for name, t in file.items()}
+        return first_broken(state, [finite(tensor) for tensor in state.values()], self.world)
+
+    @torch.no_grad()
+    def harm(self, images: Tensor) -> str:
+        """What is wrong with what is trained, the same on all ranks; empty: nothing. Normalised images. Collective."""
+        if name := self.broken:
+            return f"{name} is not finite"
+        usual, self.autocast = self.autocast, nullcontext()
+        bad = self.world.max((~finite(self.predict(images))).float())
+        self.autocast = usual
+        return "they give no finite numbers, in float32 either" if bad else ""
 
     @property
     def num_bytes(self) -> int:

@@ -1,11 +1,14 @@
 """What `mae-dist linear` and `mae-dist finetune` can be told. The defaults are the paper's ViT-B recipes."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mae_dist.data import DataConfig
+from mae_dist.engine.base import LEARNING
 from mae_dist.errors import UserError
 from mae_dist.evaluate.features import Pool
+from mae_dist.ranges import COUNT, SEED, check_numbers
 from mae_dist.track import TrackConfig
 from mae_dist.train.options import TrainConfig
 
@@ -21,6 +24,8 @@ class LabelsConfig:
     seed: int = 0
     """Of the choice: the same seed, the same images."""
 
+    RANGES: ClassVar = {"fraction": "(0, 1]", "per_class": COUNT, "seed": SEED}
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -33,6 +38,8 @@ class NetworkConfig:
     drop_path: float = 0.1
     """Stochastic depth of the last block; less for those before it, nothing for the first."""
 
+    RANGES: ClassVar = {"drop_path": "[0, 1)"}
+
 
 @dataclass(frozen=True)
 class ProbeConfig:
@@ -42,6 +49,8 @@ class ProbeConfig:
     """none: an encoder that was never trained, for comparison."""
     pool: Pool = "cls"
     """The class token, as in the official code, or the mean of the patch tokens."""
+
+    RANGES: ClassVar = {}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class AugmentConfig:
     """Alpha of cutmix; 0: none. A batch is mixed or cut, each as often."""
     smoothing: float = 0.1
     """Label smoothing: the share of a label that is spread over all classes."""
+
+    RANGES: ClassVar = {"erase": "[0, 1)", "mixup": "[0, 1e3]", "cutmix": "[0, 1e3]", "smoothing": "[0, 1)"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,10 @@ class FinetuneOptim:
     ema: float | None = None
     """Decay of a moving average of the weights, such as 0.9999: the average is what is evaluated and saved beside."""
 
+    RANGES: ClassVar = LEARNING | {
+        "betas": "[0, 1)", "layer_decay": "(0, 1]", "clip_grad": "[1e-12, 1e12]", "ema": "(0, 1)",
+    }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LinearOptim:
@@ -101,6 +116,8 @@ class LinearOptim:
     weight_decay: float = 0.0
     """Added to the gradient of the weights, as a share of them."""
 
+    RANGES: ClassVar = LEARNING | {"momentum": "[0, 1)"}
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -117,15 +134,13 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0,)
     """Of the choice of labels, the order and the heads' weights; the table has the mean."""
 
+    RANGES: ClassVar = {"blrs": "(0, 1e6]", "weight_decays": "[0, 1e3]", "held_out": "(0, 1)", "seeds": SEED}
+
     def check(self) -> None:
-        if (
-            not self.blrs
-            or not self.weight_decays
-            or not self.seeds
-            or min(self.blrs) <= 0
-            or not 0 < self.held_out < 1
-        ):
-            raise UserError("sweep: write blrs above 0, weight_decays, seeds, and a share held_out in (0, 1)")
+        """Raise UserError where there is nothing to choose from."""
+        for name in ("blrs", "weight_decays", "kinds", "seeds"):
+            if not getattr(self, name):
+                raise UserError(f"sweep.{name}: empty: write one or more, such as {list(getattr(SweepConfig, name))}")
 
 
 @dataclass(frozen=True)
@@ -140,16 +155,9 @@ class FinetuneConfig:
 
     def check(self, in_chans: int) -> None:
         """Raise UserError for everything that is wrong whatever the machine."""
-        check_common(self.data, self.optim, self.train, in_chans)
-        a = self.augment
-        if min(a.mixup, a.cutmix, a.erase, a.smoothing) < 0 or max(a.erase, a.smoothing) >= 1:
-            raise UserError("augment: mixup and cutmix must be at least 0, erase and smoothing in [0, 1)")
-        if a.rand_augment and in_chans not in (1, 3):
+        check_common(self, in_chans)
+        if self.augment.rand_augment and in_chans not in (1, 3):
             raise UserError(f"augment.rand_augment: made for grey and RGB, not for {in_chans} channels; write null")
-        if not 0 <= self.network.drop_path < 1 or not 0 < self.optim.layer_decay <= 1:
-            raise UserError("network.drop_path must be in [0, 1), optim.layer_decay in (0, 1]")
-        if self.optim.ema is not None and not 0 < self.optim.ema < 1:
-            raise UserError(f"optim.ema: {self.optim.ema}: write a decay in (0, 1) such as 0.9999, or null")
 
 
 @dataclass(frozen=True)
@@ -164,14 +172,17 @@ class LinearConfig:
 
     def check(self, in_chans: int) -> None:
         """Raise UserError for everything that is wrong whatever the machine."""
-        check_common(self.data, self.optim, self.train, in_chans)
+        check_common(self, in_chans)
         self.sweep.check()
+        if self.train.global_batch_size < 2:
+            raise UserError("train.global_batch_size: 1: the probe's BatchNorm needs two images or more; write 2")
 
 
-def check_common(data: DataConfig, optim: FinetuneOptim | LinearOptim, train: TrainConfig, in_chans: int) -> None:
+def check_common(config: FinetuneConfig | LinearConfig, in_chans: int) -> None:
+    for section in dataclasses.fields(config):
+        check_numbers(getattr(config, section.name), f"{section.name}.")
+    data, train = config.data, config.train
     data.check(in_chans)
     train.check()
     if data.val_shards is None:
         raise UserError("data.val_shards: evaluation needs held-out labelled shards: --data.val_shards SHARDS")
-    if min(optim.blr, optim.min_lr, optim.warmup_epochs, optim.weight_decay, optim.lr or 0) < 0:
-        raise UserError("optim: blr, lr, min_lr, warmup_epochs and weight_decay cannot be negative")

@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mae_dist.evaluate.learner import Learner
 from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
 from mae_dist.evaluate.tracked import EVALUATIONS, logged, track_of
 from mae_dist.manual import OF_THE_RUN
+from mae_dist.model.sizes import check_fits
 from mae_dist.track.journal import Journal
 from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
@@ -40,6 +42,7 @@ from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 
 SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
+FEW = 12  # images
 CROP_SCALE = (0.08, 1.0)  # of both recipes; the probe's official code draws one crop, and clips it
 CROPS = ("mean", "std", "crop_ratio", "flip", "eval_crop", "decoder", "max_pixels")
 TRACK = ("mlflow", "experiment", "tracking_uri")
@@ -144,6 +147,7 @@ def prepare(
     t = config.train
     accumulate, batch = t.accumulate(world.size), t.global_batch_size
     merged = configs.Config(model=pretrained.config.model, data=config.data)
+    check_fits(merged.model, batch // world.size // accumulate)
     whole, test, num_classes = labelled_sources(merged)
     source = subset(whole, config.labels.fraction, config.labels.per_class, config.labels.seed)
     num_samples = int(source.counts.sum())
@@ -193,7 +197,8 @@ def fit(session: Session, journal: Journal | None) -> None:
     config, learner = session.config.train, session.learner
     feed = DeviceFeed(iter(session.stream), session.world.device)
     normalise = Normalise(session.config.data, session.world.device)
-    meters = Meters(session.world, config.global_batch_size, Health(session.world, None))
+    health = Health(session.world, None)
+    meters = Meters(session.world, config.global_batch_size, health)
     agreement = Agreement(session.world)
     progress = Progress(session.start, session.total)
     epoch_steps = session.num_samples / config.global_batch_size
@@ -217,16 +222,25 @@ def fit(session: Session, journal: Journal | None) -> None:
             if journal:
                 journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
                 progress.show(done, reading.metrics)
-            check_skipped(reading.skipped_in_row, config.max_skipped, done)
+            root = session.saver.checkpoints.root
+            look = partial(harm, session)
+            check_skipped(reading.skipped_in_row, config.max_skipped, done, last, health, look, root)
             session.bad.check(reading.bad_samples, read)
         began = time.perf_counter()
         if last or done % config.eval_every == 0:
             score(session, done, journal)
         if last or stop or due or done % config.save_every == 0:
-            session.saver.save(done, session.meta, wait=bool(last or stop))
+            session.saver.save(done, session.meta, wait=bool(last or stop), streak=health.streak())
         meters.pause(time.perf_counter() - began)
         if stop and not last:
             raise Stopped(stop, done)
+
+
+def harm(session: Session) -> str:
+    """What is wrong with what is trained, by a few test images; empty: nothing. Collective."""
+    device, data = session.world.device, replace(session.config.data, workers=0)
+    batch = next(evaluation_batches(session.test, session.size, data, FEW, bad=session.bad))
+    return session.learner.harm(Normalise(data, device)(batch.images.to(device)))
 
 
 def score(session: Session, step: int, journal: Journal | None) -> None:

@@ -17,7 +17,7 @@ from mae_dist.errors import UserError
 from mae_dist.exchange.read import read
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.positions import resized
-from mae_dist.model.sizes import config_of, has_decoder
+from mae_dist.model.sizes import check_fits, config_of, has_decoder
 from mae_dist.train.checkpoint import digest, write_meta
 from mae_dist.train.options import TrainConfig
 from mae_dist.train.resume import CONFIG_FILE
@@ -40,6 +40,7 @@ def import_run(
     try:
         config = config_of(found.state, told)
         config.check()
+        check_fits(config)
         model = complete(found.state, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -8,7 +8,7 @@ the loss does not need is not computed: the last decoder block asks its queries 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import timm
 import torch
@@ -21,6 +21,9 @@ from mae_dist.errors import UserError
 from mae_dist.model.masking import Masking, num_kept, shaped_noise, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.model.positions import sincos_2d
+from mae_dist.ranges import check_numbers
+
+WIDTH, DEPTH = "[1, 65536]", "[1, 1000]"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class MAEConfig:
     enc_heads: int | None = None
     """Attention heads of the encoder; null: those of `enc_name`."""
 
+    RANGES: ClassVar = {
+        "img_size": "[1, 65536]", "patch_size": "[1, 4096]", "in_chans": "[1, 1024]", "mask_ratio": "(0, 1)",
+        "predict_ratio": "(0, 1]", "dec_dim": WIDTH, "dec_depth": DEPTH, "dec_heads": WIDTH, "enc_dim": WIDTH,
+        "enc_depth": DEPTH, "enc_heads": WIDTH,
+    }  # fmt: skip
+
     @property
     def height_width(self) -> tuple[int, int]:
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
@@ -75,9 +84,7 @@ class MAEConfig:
 
     def check(self) -> None:
         """Raise UserError for what no model can be built from."""
-        for name in ("patch_size", "in_chans", "dec_dim", "dec_depth", "dec_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: {getattr(self, name)} is not possible; write 1 or more")
+        check_numbers(self, "model.")
         for name in ("enc_dim", "dec_dim"):
             if (getattr(self, name) or 0) % 4:
                 raise UserError(f"model.{name}: {getattr(self, name)} is not a multiple of 4, as 2-D positions need")
@@ -95,7 +102,7 @@ class MAEConfig:
             )
         if self.masking not in get_args(Masking):
             raise UserError(f"model.masking: {self.masking!r}: write one of {', '.join(get_args(Masking))}")
-        if not 0 < self.predict_ratio <= 1 or int((self.num_patches - keep) * self.predict_ratio) < 1:
+        if int((self.num_patches - keep) * self.predict_ratio) < 1:
             raise UserError(
                 f"model.predict_ratio: {self.predict_ratio} of {self.num_patches - keep} hidden patches: write a value "
                 "above 0 that leaves at least one, or 1.0 for all"

@@ -1,13 +1,15 @@
 """What a model must be, told by its weights: every size but the numbers of heads is a shape of some tensor."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mae_dist.errors import UserError
-from mae_dist.model.mae import MAEConfig
+from mae_dist.model.mae import MAE, MAEConfig
 
 ENCODERS = {  # width -> timm's name; another width is a ViT-B with changes
     192: "vit_tiny_patch16_224",
@@ -73,3 +75,19 @@ def has_decoder(state: Mapping[str, Tensor]) -> bool:
 def depth(state: Mapping[str, Tensor], stem: str) -> int:
     """How many blocks `stem`0, `stem`1, ... there are."""
     return len({key.removeprefix(stem).split(".")[0] for key in state if key.startswith(stem)})
+
+
+def check_fits(config: MAEConfig, images: int = 0) -> None:
+    """Raise UserError for a model whose weights, or `images` of it as bytes, this machine's memory cannot hold."""
+    with torch.device("meta"):
+        weights = 4 * sum(tensor.numel() for tensor in MAE(config).state_dict().values())
+    pixels = images * config.in_chans * math.prod(config.height_width)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for what, size, instead in (
+        ("model: its weights", weights, "smaller model.enc_dim, enc_depth, dec_dim, dec_depth or img_size"),
+        (f"train.micro_batch_size: {images} images", pixels, "fewer"),
+    ):
+        if size > memory:
+            raise UserError(
+                f"{what} take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB; write {instead}"
+            )

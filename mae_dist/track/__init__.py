@@ -1,6 +1,9 @@
 """What people look at: the journal, MLflow, review pictures. Importing this is cheap (no mlflow, no torch)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from mae_dist.ranges import check_numbers
 
 
 @dataclass(frozen=True)
@@ -15,3 +18,9 @@ class TrackConfig:
     """null: MLFLOW_TRACKING_URI, else a sqlite file in the runs directory. Where both are set, the environment wins."""
     close_timeout: float = 30.0
     """Seconds that the end of a run waits for MLflow to catch up."""
+
+    RANGES: ClassVar = {"close_timeout": "[0, 1e9]"}
+
+    def check(self) -> None:
+        """Raise UserError naming what is out of its range."""
+        check_numbers(self, "track.")

@@ -123,6 +123,11 @@ def problem(path: Path, expected: dict[str, Any] | None) -> str | None:
 class Share(Protocol):
     """One rank's part of a checkpoint."""
 
+    @property
+    def broken(self) -> str:
+        """The first tensor of the whole state that is not finite, the same on every rank; empty: none."""
+        ...
+
     def write(self, directory: Path) -> list[Path]:
         """Write it into an existing directory; returns the files. Talks to no other rank."""
         ...

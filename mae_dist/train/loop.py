@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from mae_dist.config import Config
@@ -12,6 +14,7 @@ from mae_dist.data.feed import DeviceFeed, Normalise
 from mae_dist.data.loader import Batch, ImageStream
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World
+from mae_dist.engine.state import broken
 from mae_dist.track.journal import Journal
 from mae_dist.train.health import Health, check_skipped
 from mae_dist.train.knn import KnnWatch
@@ -91,7 +94,9 @@ def train(run: Run) -> None:
                 counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
                 progress.show(done, reading.metrics)
-            check_skipped(reading.skipped_in_row, config.max_skipped, done)
+            look = partial(harm, run)
+            root = run.saver.checkpoints.root
+            check_skipped(reading.skipped_in_row, config.max_skipped, done, last, health, look, root)
             run.bad.check(reading.bad_samples, read)
             run.saver.report()
             due = reading.save_due
@@ -102,7 +107,7 @@ def train(run: Run) -> None:
             stop = evaluate(run, run.knn, done, agreement)
         if last or stop or due or done % config.save_every == 0:
             watch.enter(SAVING, done)
-            run.saver.save(done, run.meta, wait=bool(last or stop))
+            run.saver.save(done, run.meta, wait=bool(last or stop), streak=health.streak())
         meters.pause(time.perf_counter() - began)
         if stop:
             raise Stopped(stop, done)
@@ -110,6 +115,21 @@ def train(run: Run) -> None:
 
 def noise_of(batch: Batch, run: Run) -> Tensor:
     return run.config.model.noise(run.config.train.seed, batch.epochs, batch.ids)
+
+
+def harm(run: Run) -> str:
+    """What is wrong with the weights, the same on all ranks; empty: nothing. Collective."""
+    if name := broken(run.engine):
+        return f"{name} is not finite"
+    model, seen = run.engine.replica().eval(), run.validation
+    pixels, ids = (tensor.to(run.world.device) for tensor in seen.pictured)
+    loss = model(seen.normalise(pixels), seen.noise(ids)).loss
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    model.train()
+    bad = run.world.max((~(loss + norm).isfinite()).float())
+    return "they give no finite loss and gradient, in float32 either" if bad else ""
 
 
 def evaluate(run: Run, what: Validation | KnnWatch, done: int, agreement: Agreement) -> int:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mae_dist.engine.base import Precision
 from mae_dist.errors import UserError
+from mae_dist.ranges import AMOUNT, COUNT, SEED, check_numbers
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,22 @@ class TrainConfig:
     accept_changes: bool = False
     """Resume although the config or the data changed (a lower learning rate after a divergence, say)."""
 
+    RANGES: ClassVar = {
+        "seed": SEED, "global_batch_size": COUNT, "micro_batch_size": COUNT, "epochs": AMOUNT, "steps": COUNT,
+        "log_every": COUNT, "eval_every": COUNT, "knn_every": AMOUNT, "save_every": COUNT, "save_minutes": AMOUNT,
+        "keep_checkpoints": COUNT, "keep_every": COUNT, "max_skipped": COUNT, "spike_sigma": AMOUNT, "timeout": AMOUNT,
+        "watchdog": AMOUNT,
+    }  # fmt: skip
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
 
     def check(self) -> None:
+        """Raise UserError for a name that is none for a directory, and a number out of its range."""
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise UserError(f"train.name: {self.name!r} is not a name for a directory; write one such as vit_b16")
-        for field in ("global_batch_size", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped"):
-            if getattr(self, field) < 1:
-                raise UserError(f"train.{field}: {getattr(self, field)}: write a number of at least 1")
-        if self.save_minutes is not None and self.save_minutes <= 0:
-            raise UserError(f"train.save_minutes: {self.save_minutes}: write a number above 0, or null for steps alone")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise UserError(f"train.keep_every: {self.keep_every}: write a number of steps, or null to keep none so")
-        if self.knn_every is not None and self.knn_every <= 0:
-            raise UserError(f"train.knn_every: {self.knn_every}: write epochs above 0, or null")
-        if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
-            raise UserError("train: epochs must be above 0 and steps at least 1")
-        for field in ("spike_sigma", "timeout", "watchdog"):
-            if (value := getattr(self, field)) is not None and value <= 0:
-                off = "" if field == "timeout" else ", or null for none"
-                raise UserError(f"train.{field}: {value}: write a number above 0{off}")
+        check_numbers(self, "train.")
 
     def accumulate(self, world_size: int, views: int = 1) -> int:
         """Micro-batches a rank makes of its share of one global batch. `views` of each sample stay in one of them.

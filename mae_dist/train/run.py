@@ -19,6 +19,7 @@ from mae_dist.data.resampled import ResampledStream
 from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
 from mae_dist.errors import Ended, UserError
 from mae_dist.model import MAE
+from mae_dist.model.sizes import check_fits
 from mae_dist.track.journal import read
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.alone import alone
@@ -78,6 +79,8 @@ def _train(
     num_samples = int(sources[0].counts.sum())
     total = config.train.steps or math.ceil(config.train.epochs * num_samples / batch)
     meta = identity(config, sources[0]) | {"world_size": world.size}
+    micro = batch // world.size // accumulate
+    check_fits(config.model, micro)
     torch.manual_seed(config.train.seed)
     model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
     engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
@@ -97,7 +100,6 @@ def _train(
         return
     warmup = min(config.optim.warmup_epochs * epoch_steps, total)
     bad = bad_samples(config, *sources)
-    micro = batch // world.size // accumulate
     validation = Validation(config, sources[1], sources[0], micro, world, bad)
     knn = KnnWatch(config, *sources, micro, epoch_steps, world, bad) if config.train.knn_every else None
     again = {PICTURE: validation, KNN: knn}

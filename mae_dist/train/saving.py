@@ -20,6 +20,7 @@ import torch
 from mae_dist.errors import UserError
 from mae_dist.track.journal import Journal
 from mae_dist.train.checkpoint import Checkpoints, Share
+from mae_dist.train.health import TrainingDiverged, go_back
 from mae_dist.train.stop import SIGNALS
 
 RETRY = 60.0  # seconds after a save that failed, until the next log step that tries again
@@ -102,12 +103,17 @@ class Saver:
         now = time.monotonic()
         return self.world.is_main and (now - self.last >= self.seconds or now >= self.retry_at)
 
-    def save(self, step: int, meta: dict, wait: bool) -> None:
+    def save(self, step: int, meta: dict, wait: bool, streak: int = 0) -> None:
         """Commit a checkpoint, after the journal that leads to it. Collective.
 
-        With `wait` it is there, or SaveFailed is raised on all ranks, when this returns; else it is on its way.
+        With `wait` it is there, or SaveFailed is raised on all ranks, when this returns; else it is on its way. After a
+        `streak` of skipped updates, which may come of an update that ruined the weights, it is put off: it would push
+        out a checkpoint from before. Raises TrainingDiverged, and commits nothing, for weights that are not finite.
         """
         began = time.perf_counter()
+        if streak and not wait:
+            self.retry_at = time.monotonic()  # at the next log step
+            return
         with undisturbed():
             self._finish()  # one at a time
             self.last, self.retry_at = time.monotonic(), math.inf
@@ -117,7 +123,11 @@ class Saver:
             if failed:
                 self._failed(step)
             else:
-                self.write = Write(self.checkpoints, step, self.take(), meta, self.patience)
+                snapshot = self.take()
+                if snapshot.broken:
+                    harm = go_back(f"{snapshot.broken} is not finite", step, self.checkpoints.root)
+                    raise TrainingDiverged(f"step {step} is not saved. {harm}")
+                self.write = Write(self.checkpoints, step, snapshot, meta, self.patience)
                 failed = (wait or not self.in_background) and self._finish()
             if failed and wait:
                 why = self.world.broadcast(self.why)

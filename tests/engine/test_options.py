@@ -19,7 +19,7 @@ from tests.conftest import TINY
         ({"name": "fsdp", "offload": True}, "engine.offload: is an option of engine.name deepspeed, not of fsdp"),
         ({"name": "fsdp", "compress_gradients": True}, "is an option of engine.name ddp, not of fsdp"),
         ({"name": "deepspeed", "compress_gradients": True}, "is an option of engine.name ddp, not of deepspeed"),
-        ({"name": "deepspeed", "zero_stage": 4}, "engine.zero_stage: 4: write 0, 1, 2 or 3"),
+        ({"name": "deepspeed", "zero_stage": 4}, r"engine.zero_stage: 4: write a whole number in \[0, 3\]"),
         ({"name": "deepspeed", "zero_stage": 0, "offload": True}, "needs engine.zero_stage 1, 2 or 3"),
         ({"name": "deepspeed", "zero_stage": 3, "compile": True}, "engine.compile: not with engine.zero_stage 3"),
     ],
