@@ -9,10 +9,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from mae_dist.arguments import Parser, part, picture, ratio, resize, share, share_or_none, size, whole
 from mae_dist.errors import Ended, UserError
 from mae_dist.launched import end_with_launcher, leave
 
@@ -35,18 +35,17 @@ USAGE = """usage: mae-dist COMMAND ...
 mae-dist COMMAND --help says more."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes are UserErrors: one line, no usage dump."""
-
-    def error(self, message: str):
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def shard(arguments: Sequence[str]) -> int:
     from mae_dist.shards.encoded import MAX_PIXELS
 
-    parser = Parser("mae-dist shard", description="Turn images into WebDataset shards.")
-    number = partial(parser.add_argument, type=int, metavar="N")
+    parser = Parser(
+        "mae-dist shard",
+        "Turn images into WebDataset shards, globally shuffled. The same command again does what is missing.",
+        "  mae-dist shard /data/imagenet/train /data/shards/train --dry-run\n"
+        "  mae-dist shard ILSVRC2012_img_val.tar s3://bucket/val --labels imagenet_2012_validation_synset_labels.txt\n"
+        "  mae-dist shard photos/ shards/ --resize shortest:256 --max-bad 10",
+    )
+    number = partial(parser.add_argument, metavar="N")
     parser.add_argument(
         "images", help="class folders, flat directory, ILSVRC tar, directory or pattern of tars, parquet"
     )
@@ -54,21 +53,22 @@ def shard(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--labels", metavar="FILE", help="labels of a flat directory or tar: LABEL or NAME LABEL a line"
     )
-    number("--shard-size", default=1000, help="images a shard (%(default)s)")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # SLURM's share
-    number("--workers", default=cpus, help="processes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (%(default)s)")
-    number("--max-bad", default=0, help="unreadable images to leave out (%(default)s)")
-    parser.add_argument("--resize", default="none", help="none, shortest:N or only-if-bigger:N pixels (%(default)s)")
-    number("--quality", default=95, help="of JPEGs encoded again (%(default)s)")
-    number("--max-pixels", default=MAX_PIXELS, help="an image may have, as data.max_pixels in training (%(default)s)")
+    number("--shard-size", type=whole(1), default=1000, help="images a shard (%(default)s)")
+    parser.add_workers()
+    number("--seed", type=whole(0), default=0, help="of the shuffle before writing (%(default)s)")
+    number("--max-bad", type=whole(0), default=0, help="unreadable images to leave out (%(default)s)")
+    parser.add_argument("--resize", type=resize, default="none", metavar="HOW",
+                        help="none, shortest:N or only-if-bigger:N pixels (%(default)s)")  # fmt: skip
+    number("--quality", type=whole(1, 100), default=95, help="of JPEGs encoded again (%(default)s)")
+    number("--max-pixels", type=whole(1), default=MAX_PIXELS,
+           help="an image may have, as data.max_pixels in training (%(default)s)")  # fmt: skip
     parser.add_argument("--exif-rotate", action="store_true", help="turn pixels upright (the official loader does not)")
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="shards I, I + N, ... only, I from 0")
     parser.add_argument("--ray", default="", metavar="ADDRESS", help="work on a Ray cluster (auto, or HOST:PORT)")
     parser.add_argument("--aside", metavar="DIR", help="where shards for a remote OUT are made (NAME.partial here)")
     parser.add_argument("--dry-run", action="store_true", help="estimate size, time and shards; write nothing")
-    number("--for-ranks", default=8, help="of the training, for the dry run's warning (%(default)s)")
-    number("--for-workers", default=8, help="data workers a rank, likewise (%(default)s)")
+    number("--for-ranks", type=whole(1), default=8, help="of the training, for the dry run's warning (%(default)s)")
+    number("--for-workers", type=whole(1), default=8, help="data workers a rank, likewise (%(default)s)")
     given = vars(parser.parse_args(arguments))
     dry, ranks, loaders = (given.pop(name) for name in ("dry_run", "for_ranks", "for_workers"))
     if dry:
@@ -88,12 +88,19 @@ def shard(arguments: Sequence[str]) -> int:
 
 
 def index(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist index", description="Make a manifest and indexes for WebDataset shards made elsewhere.")
+    parser = Parser(
+        "mae-dist index",
+        "Make a manifest and indexes for WebDataset shards made elsewhere; the shards stay as they are.",
+        "  mae-dist index 'https://host/train-{0000..1023}.tar' --out /data/imagenet-index\n"
+        "  mae-dist index '/data/imagenet-wds/train-{0000..1023}.tar'",
+    )
     parser.add_argument("urls", nargs="+", help="tars, or patterns such as 'https://host/train-{0000..1023}.tar': "
                         "local, any fsspec URL, or 'pipe:COMMAND'")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the manifest (the directory of local tars)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
-    parser.add_argument("--max-bad", type=int, default=0, metavar="N", help="broken shards to leave out (%(default)s)")
+    parser.add_workers()
+    parser.add_argument(
+        "--max-bad", type=whole(0), default=0, metavar="N", help="broken shards to leave out (%(default)s)"
+    )
     given = parser.parse_args(arguments)
     from mae_dist.shards.index import index as make
 
@@ -112,12 +119,13 @@ def verify(arguments: Sequence[str]) -> int:
 
     parser = Parser(
         "mae-dist verify",
-        description="Read shards again: sizes, checksums, counts, indexes, keys, every image decoded. "
+        "Read shards again: sizes, checksums, counts, indexes, keys, every image decoded. "
         "Lists what is wrong by shard and key; exit status 1 when something is.",
+        "  mae-dist verify /data/shards/train",
     )
     parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+    parser.add_workers()
+    parser.add_argument("--max-pixels", type=whole(1), default=MAX_PIXELS, metavar="N",
                         help="an image may have, as data.max_pixels in training (%(default)s)")  # fmt: skip
     given = parser.parse_args(arguments)
     from mae_dist.shards.mirror import load_manifest
@@ -134,7 +142,11 @@ def verify(arguments: Sequence[str]) -> int:
 
 
 def info(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist info", description="Counts, sizes, classes, and how well the shards are shuffled.")
+    parser = Parser(
+        "mae-dist info",
+        "Counts, sizes, classes, and how well the shards are shuffled.",
+        "  mae-dist info /data/shards/train --sheet sheet.png",
+    )
     parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
     parser.add_argument("--sheet", type=picture, metavar="FILE", help="draw a contact sheet of 64 images")
     given = parser.parse_args(arguments)
@@ -147,25 +159,6 @@ def info(arguments: Sequence[str]) -> int:
         contact_sheet(manifest).save(given.sheet)
         print(given.sheet)
     return 0
-
-
-def picture(text: str) -> Path:
-    """A file that pictures can be written to; its directory is made. Raises UserError for what is none."""
-    from PIL import Image
-
-    path = Path(text)
-    try:
-        Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[path.suffix.lower()])
-    except (KeyError, OSError, ValueError):
-        name = path.with_suffix(".png") if path.name else Path("picture.png")
-        raise UserError(f"{text}: no picture can be written under this name; write {name}") from None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{text}: its directory cannot be made: {error.strerror}; write another name") from None
-    if path.is_dir():
-        raise UserError(f"{text}: is a directory; write a file in it, such as {path / 'picture.png'}")
-    return path
 
 
 def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
@@ -184,12 +177,6 @@ def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
     return 0
 
 
-def part(text: str) -> tuple[int, int]:
-    """`2/8` -> (2, 8)."""
-    i, n = map(int, text.split("/"))
-    return i, n
-
-
 def pretrain(arguments: Sequence[str]) -> int:
     end_with_launcher()
     from mae_dist import config
@@ -199,19 +186,37 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 
 def knn(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist knn", description="Exact k-NN accuracy of a run's frozen encoder; also under torchrun.")
+    parser = Parser(
+        "mae-dist knn",
+        "Exact k-NN accuracy of a run's frozen encoder, alone or on every process that launch/torchrun.sh starts.",
+        "  mae-dist knn runs/vit_b16 --train /data/shards/train --test /data/shards/val\n"
+        "  mae-dist knn runs/vit_b16 --per-class 10 --seeds 0 1 2 --of untrained pretrained",
+    )
     kinds = ("pretrained", "untrained", "pixels")
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("--train", metavar="SHARDS", help="labelled shards to vote, local or an URL (the run's own)")
     parser.add_argument("--test", metavar="SHARDS", help="labelled shards to classify (the run's held-out ones)")
-    parser.add_argument("--k", dest="ks", type=int, nargs="+", default=(10, 20, 100, 200), help="neighbours")
+    parser.add_argument(
+        "--k",
+        dest="ks",
+        type=whole(1),
+        metavar="N",
+        nargs="+",
+        default=(10, 20, 100, 200),
+        help="neighbours (10 20 100 200)",
+    )
     parser.add_argument("--of", nargs="+", choices=kinds, default=kinds[:1], help="features (pretrained)")
     parser.add_argument("--pool", choices=("mean", "cls"), default="mean", help="patch tokens' mean or class token")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of each class's training labels (1)")
-    parser.add_argument("--per-class", type=int, metavar="N", help="training labels a class (all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="of that choice; the mean is shown (0)")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--fraction", type=share, default=1.0, metavar="F", help="share of each class's training labels (1)"
+    )
+    labels.add_argument("--per-class", type=whole(1), metavar="N", help="training labels a class (all)")
+    parser.add_argument(
+        "--seeds", type=whole(0), nargs="+", default=(0,), metavar="N", help="of that choice; the mean is shown (0)"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (the run's own)")
-    parser.add_argument("--data.max_bad_fraction", dest="max_bad", type=float, metavar="F",
+    parser.add_argument("--data.max_bad_fraction", dest="max_bad", type=share_or_none, metavar="F",
                         help="share of the images that may be unreadable (the run's own)")  # fmt: skip
     given = vars(parser.parse_args(arguments))
     from mae_dist.evaluate.knn import Question
@@ -235,17 +240,16 @@ def finetune(arguments: Sequence[str]) -> int:
     return tune(arguments)
 
 
-def size(text: str) -> int | tuple[int, int]:
-    """`224` -> 224, `224x160` -> (224, 160)."""
-    sides = tuple(map(int, text.split("x")))
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
 def export(arguments: Sequence[str]) -> int:
     from mae_dist.exchange import TARGETS
     from mae_dist.exchange import export as write
 
-    parser = Parser("mae-dist export", description="Write a run's weights for another library, with a model card.")
+    parser = Parser(
+        "mae-dist export",
+        "Write a run's weights for another library, with a model card.",
+        "  mae-dist export runs/vit_b16 --to timm --out encoder.safetensors\n"
+        "  mae-dist export runs/vit_b16 --to huggingface --out vit_mae",
+    )
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("--to", required=True, choices=TARGETS, help="which library's layout")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH",
@@ -261,18 +265,22 @@ def export(arguments: Sequence[str]) -> int:
 def import_(arguments: Sequence[str]) -> int:
     from mae_dist.exchange import SOURCES, import_run
 
-    parser = Parser("mae-dist import", description="Make a run of weights that another project trained.")
+    parser = Parser(
+        "mae-dist import",
+        "Make a run of weights that another project trained, to evaluate, reconstruct or pretrain further.",
+        "  mae-dist import mae_visualize_vit_large.pth --from official --no-norm-pix --out runs/large",
+    )
     parser.add_argument("file", type=Path, help=".pth, .safetensors, or a Hugging Face directory")
     parser.add_argument("--from", dest="source", required=True, choices=SOURCES, help="whose layout it is")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the new run's directory: runs/NAME")
     resize = "resize the positions for N or HxW pixels"
     parser.add_argument("--img-size", type=size, dest="resize", metavar="N", help=resize)
     known = (  # what no tensor tells
-        parser.add_argument("--enc-heads", type=int, metavar="N", help="attention heads (by the encoder's width)"),
-        parser.add_argument("--dec-heads", type=int, metavar="N", help="attention heads (by the decoder's width)"),
+        parser.add_argument("--enc-heads", type=whole(1), metavar="N", help="attention heads (by the encoder's width)"),
+        parser.add_argument("--dec-heads", type=whole(1), metavar="N", help="attention heads (by the decoder's width)"),
         parser.add_argument("--norm-pix", dest="norm_pix_loss", action=argparse.BooleanOptionalAction,
                             help="whether the decoder predicts normalised pixels (true)"),
-        parser.add_argument("--mask-ratio", type=float, metavar="R", help="it was trained with (0.75)"),
+        parser.add_argument("--mask-ratio", type=ratio, metavar="R", help="it was trained with (0.75)"),
         parser.add_argument("--trained-size", dest="img_size", type=size, metavar="HxW",
                             help="pixels, when the positions are no square"),
     )  # fmt: skip
@@ -285,12 +293,18 @@ def import_(arguments: Sequence[str]) -> int:
 
 
 def reconstruct(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist reconstruct", description="Picture of input | masked | reconstruction | visible pasted.")
+    parser = Parser(
+        "mae-dist reconstruct",
+        "Draw input | masked | reconstruction | reconstruction with the visible patches pasted.",
+        "  mae-dist reconstruct runs/vit_b16 photo.jpg another.jpg --out reconstruction.png\n"
+        "  mae-dist reconstruct runs/vit_b16 /data/shards/val --mask-ratio 0.9 --seed 0 1 2",
+    )
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("images", nargs="+", help="image files, or directories of shards; local or URLs")
     parser.add_argument("--out", type=picture, default="reconstruction.png", help="(%(default)s)")
-    parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches to hide (the run's own)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the masks; each makes a row (%(default)s)")
+    parser.add_argument("--mask-ratio", type=ratio, metavar="R", help="share of patches to hide (the run's own)")
+    parser.add_argument("--seed", type=whole(0), nargs="+", default=[0], metavar="N",
+                        help="of the masks; each makes a row (%(default)s)")  # fmt: skip
     parser.add_argument("--features", type=picture, metavar="FILE",
                         help="a second picture: the patch features, three principal components as colours")  # fmt: skip
     given = parser.parse_args(arguments)
@@ -308,7 +322,9 @@ def reconstruct(arguments: Sequence[str]) -> int:
 
 
 def sync(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist sync", description="Copy what MLflow has not got yet of a run's journal.")
+    parser = Parser(
+        "mae-dist sync", "Copy what MLflow has not got yet of a run's journal.", "  mae-dist sync runs/vit_b16"
+    )
     parser.add_argument("run", type=Path, help="a run's directory")
     parser.add_argument("--experiment", help="name of the MLflow experiment (the run's own)")
     parser.add_argument("--tracking-uri", help="where MLflow stores (the run's own)")
@@ -325,7 +341,7 @@ def sync(arguments: Sequence[str]) -> int:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    parser = Parser("mae-dist demo", description="Shard, pretrain on two processes, evaluate, review; 2 CPU cores do.")
+    parser = Parser("mae-dist demo", "Shard, pretrain on two processes, evaluate, review; 2 CPU cores do.")
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (%(default)s)")
     given = parser.parse_args(arguments)
     from mae_dist.ops.demo import demo as show

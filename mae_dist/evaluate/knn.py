@@ -12,7 +12,7 @@ from mae_dist.config import Config
 from mae_dist.data import Source, count_classes, open_sources, subset
 from mae_dist.engine import World
 from mae_dist.engine.base import Precision
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, note
 from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.evaluate.features import Features, Kind, Pool, extract, fingerprint
 from mae_dist.evaluate.tracked import EVALUATIONS, logged, name_of, track_of
@@ -99,6 +99,8 @@ def compare(
     parts = [subset(train, question.fraction, question.per_class, seed) for seed in question.seeds]
     smallest = min(int(part.counts.sum()) for part in parts)
     ks = sorted({min(k, smallest) for k in question.ks})
+    if max(question.ks) > smallest and world.is_main:
+        note(f"k is at most {smallest} here: that many training labels are used")
     table = {}
     for kind in question.of:
         held_out = extract(kind, question.pool, pretrained, test, config, world)

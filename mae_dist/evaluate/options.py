@@ -20,7 +20,7 @@ class LabelsConfig:
     fraction: float = 1.0
     """Share of the images of each class."""
     per_class: int | None = None
-    """Images of each class; replaces `fraction`."""
+    """Images of each class, instead of a fraction."""
     seed: int = 0
     """Of the choice: the same seed, the same images."""
 
@@ -181,8 +181,10 @@ class LinearConfig:
 def check_common(config: FinetuneConfig | LinearConfig, in_chans: int) -> None:
     for section in dataclasses.fields(config):
         check_numbers(getattr(config, section.name), f"{section.name}.")
-    data, train = config.data, config.train
+    data, train, labels = config.data, config.train, config.labels
     data.check(in_chans)
+    if labels.per_class is not None and labels.fraction != 1:
+        raise UserError(f"labels.fraction: {labels.fraction}, but labels.per_class is set too; leave one of them out")
     train.check()
     if data.val_shards is None:
         raise UserError("data.val_shards: evaluation needs held-out labelled shards: --data.val_shards SHARDS")
