@@ -19,7 +19,8 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a launch/torchrun.sh --config configs/vit_b16.yaml   # on the other
 # Elastic: NNODES=MIN:MAX goes on with the nodes that are left, as long as the one at MASTER_ADDR, where they meet, is one
 # of them; a node that comes (back) is taken in. Each number of processes has to divide train.global_batch_size.
-# To stop and keep the work: SIGTERM, SIGINT or SIGUSR1 to this process. The same line again resumes.
+# To stop and keep the work: SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGQUIT, or SIGHUP (a closed terminal; none of it under
+# nohup) to this process. The same line again resumes.
 # Exit status: 0 complete, 2 a mistake of the user's, 3 the training diverged (again would be no better), 128 + n stopped
 # by signal n and saved; all else: the same line again may well go on.
 
@@ -103,8 +104,7 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_FR_BUFF
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 echo "launch/torchrun.sh: node ${NODE_RANK:-0} of $NNODES${MASTER_ADDR:+ (node 0 is $MASTER_ADDR:$MASTER_PORT)}, processes here: $NPROC, visible GPUs: $gpus" >&2
-# exec: a signal sent to this process reaches torchrun, which passes it on (SIGUSR1 only when asked to).
+# exec: a signal sent to this process reaches torchrun, which passes it on.
 exec "$PYTHON" -m mae_dist.launch --nnodes="$NNODES" --nproc-per-node="$NPROC" "${rendezvous[@]}" \
   --max-restarts="${MAX_RESTARTS:-0}" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   -m mae_dist "${COMMAND:-pretrain}" "$@"

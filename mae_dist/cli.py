@@ -10,11 +10,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mae_dist.arguments import Parser, part, picture, ratio, resize, share, share_or_none, size, whole
-from mae_dist.errors import Ended, UserError
+from mae_dist.errors import Ended, UserError, machine_fault
 from mae_dist.launched import end_with_launcher, leave
+from mae_dist.output import protect
 
 USAGE = """usage: mae-dist COMMAND ...
 
@@ -375,31 +376,47 @@ def check_environment() -> None:
         check_variables(os.environ, None)
 
 
+# What these print is what they are for; the others leave it in files too, and go on when nobody reads.
+PRODUCTS = ("verify", "info")
+ASKING = {"-h", "--help", "--print_config", "--dry-run"}
+
+
 def main() -> None:
     """Exit status 0: done; 2: the user's mistake, said in one line; 3: the training diverged; 75: another rank was
-    lost; 128 + n: stopped by signal n; 1: ours.
+    lost, or the machine failed; 128 + n: stopped by signal n; 1: ours.
     """
     command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    protect(product=command not in COMMANDS or command in PRODUCTS or bool(ASKING & set(arguments)))
     try:
         if command in ("-h", "--help", "help"):
             print(USAGE)
-            return
+            leave(0)
         if command not in COMMANDS:
             raise UserError(f"mae-dist has no command {command!r}; the commands are {', '.join(COMMANDS)}")
         if command not in ("pretrain", "linear", "finetune"):  # which read their config from it
             check_environment()
         leave(COMMANDS[command](arguments))
-    except (UserError, Ended) as error:
+    except (UserError, Ended, OSError) as found:
+        error = machine_fault(found) if isinstance(found, OSError) else found
+        if error is None:
+            fail()
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         if rank:  # all ranks may find the same: let rank 0 say it (torchrun then ends us), or say it if alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2 if local_rank == 0 else 4)
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         leave(error.status if isinstance(error, Ended) else 2)
+    except SystemExit as end:  # of --help: what it printed is to arrive, or be missed here
+        leave(end.code if isinstance(end.code, int) else 0)
     except KeyboardInterrupt:
         leave(130)
     except Exception:
-        rank = os.environ.get("RANK")
-        where = f"rank {rank} failed:\n" if rank else ""
-        print(f"{where}{traceback.format_exc()}", file=sys.stderr, end="", flush=True)  # in one piece
-        leave(1)
+        fail()
+
+
+def fail() -> NoReturn:
+    """Exit after an error of ours, with its traceback in one piece."""
+    rank = os.environ.get("RANK")
+    where = f"rank {rank} failed:\n" if rank else ""
+    print(f"{where}{traceback.format_exc()}", file=sys.stderr, end="", flush=True)
+    leave(1)

@@ -1,5 +1,6 @@
 """The one exception for a user's mistake: the command line prints its text and exits with status 2."""
 
+import errno
 import os
 import sys
 
@@ -18,3 +19,38 @@ def note(text: str) -> None:
     """Say something that is no error but may not be meant, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+class MachineFault(Ended):
+    """The machine, not the program: a file that may not be read, a full disk, no free descriptors. Names the file.
+
+    Status 2 where somebody has to mend it first, 75 where starting again may well do.
+    """
+
+    def __init__(self, text: str, status: int = 75):
+        super().__init__(text)
+        self.status = status
+
+
+MENDED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EFBIG,
+}  # fmt: skip
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EBUSY, errno.ENOTCONN,
+    errno.EREMOTEIO if hasattr(errno, "EREMOTEIO") else errno.EIO,
+}  # fmt: skip
+ADVICE = {
+    errno.ENOSPC: "; make room there",
+    errno.EDQUOT: "; make room there",
+    errno.EMFILE: "; raise the limit: ulimit -n",
+}
+
+
+def machine_fault(error: OSError) -> MachineFault | None:
+    """What an OSError says of the machine, in one line; None for one that may be a fault of ours."""
+    if error.errno not in MENDED | PASSING:
+        return None
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    what = error.strerror or os.strerror(error.errno or 0)
+    return MachineFault(f"{where}{what}{ADVICE.get(error.errno or 0, '')}", 2 if error.errno in MENDED else 75)

@@ -15,9 +15,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+from mae_dist.launched import STOP_SIGNALS, stop_signals
+from mae_dist.output import protect
+
 LOST = 75  # see RankLost
-# A user's mistake, a diverged training, SIGINT, SIGUSR1. (SIGTERM may be for one node only: the others go on.)
-FINAL = (2, 3, 128 + signal.SIGINT, 128 + signal.SIGUSR1)
+# A user's mistake, a diverged training, a stop signal. (SIGTERM may be for one node only: the others go on.)
+FINAL = (2, 3, *(128 + number for number in STOP_SIGNALS if number != signal.SIGTERM))
 
 
 class Agent(LocalElasticAgent):
@@ -42,11 +45,14 @@ def first(failures: Iterable[ProcessFailure]) -> ProcessFailure:
 
 
 def main() -> None:
+    protect()
     from torch.distributed.launcher import api
 
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
-        run(parse_args(sys.argv[1:]))
+        arguments = parse_args(sys.argv[1:])
+        arguments.signals_to_handle = ",".join(number.name for number in stop_signals())  # torchrun's would undo nohup
+        run(arguments)
     except ChildFailedError as error:
         failure = first(error.failures.values())
         rank = next(rank for rank, other in error.failures.items() if other is failure)

@@ -1,13 +1,29 @@
-"""How a process that a launcher started ends. Imports next to nothing, to be called first of all."""
+"""How a process ends that a launcher started, and on which signals. Imports next to nothing: it is the first of all."""
 
 import ctypes
 import os
 import signal
 import sys
-from contextlib import suppress
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+# What schedulers, terminals and limits send to end a job: it saves, and ends with 128 + n.
+STOP_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU
+)  # fmt: skip
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those that this process acts on: what nohup or a shell's `&` has taken from the terminal stays ignored."""
+    terminal = (signal.SIGHUP, signal.SIGQUIT)
+    return [n for n in STOP_SIGNALS if n not in terminal or signal.getsignal(n) is not signal.SIG_IGN]
+
+
+def leave_signals_to_parent() -> None:
+    """In a worker: what is sent to all of a job is the trainer's to act on; a limit on this process is told to it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGXCPU, lambda number, frame: os.kill(os.getppid(), number))
 
 
 def end_with_launcher() -> None:
@@ -31,8 +47,7 @@ def leave(status: int) -> NoReturn:
     lock; while the interpreter is going down, that is SIGABRT, "terminate called without an active exception".
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more, or the disk is full
-            stream.flush()
+        stream.flush()
     if "WORLD_SIZE" in os.environ:
         os._exit(status)
     sys.exit(status)

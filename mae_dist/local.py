@@ -7,8 +7,9 @@ umask, whatever a library that writes into the staging directory thinks of it.
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,47 +27,116 @@ def staging(path: Path) -> Path:
     return path.with_name(f".{path.name[:200]}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Put `content` (text as UTF-8) under this name, in place of what is there. Raises OSError: nothing changed."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A staging file that takes this name, in place of what is there, if the block ends without an error.
+
+    Raises OSError, naming the file: nothing changed.
+    """
     aside = staging(path)
     try:
-        with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with naming(path, aside):
+            yield aside
+            allow_as_umask(aside)
+            fsync(aside)
+            aside.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise
     fsync(path.parent)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Put `content` (text as UTF-8) under this name, in place of what is there. Raises OSError: nothing changed."""
+    with new_file(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A staging directory that becomes `path`, with all its files fsynced, if the block ends without an error.
 
-    Raises OSError, also when `path` is a directory with something in it.
+    Raises OSError, naming the directory, also when `path` is a directory with something in it.
     """
     aside = staging(path)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
-        yield aside
-        allow_as_umask(aside)
-        for where, _, files in os.walk(aside, topdown=False):
-            for name in files:
-                fsync(Path(where, name))
-            fsync(Path(where))
-        aside.rename(path)
+        with naming(path, aside):
+            aside.mkdir()
+            yield aside
+            allow_as_umask(aside)
+            for where, _, files in os.walk(aside, topdown=False):
+                for name in files:
+                    fsync(Path(where, name))
+                fsync(Path(where))
+            aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     fsync(path.parent)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, that survive a power cut; one that is there is left as it is.
+
+    Raises OSError, naming the directory.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync(path.parent)
+
+
+@contextmanager
+def naming(path: Path, aside: Path) -> Iterator[None]:
+    """An OSError of a write says what could not be written: a full disk names nothing, a rename both names."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(aside))):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+class Secondary:
+    """Output that the work can do without: an OSError is reported once, counted, and never raised.
+
+    with pictures.attempt(): ...   # the next one that goes well says that it does again
+    """
+
+    def __init__(self, what: Path):
+        self.what, self.failures, self._failed = what, 0, False
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failures += 1
+            if not self._failed:
+                self._failed = True
+                why = f"{self.what}: cannot be written: {error.strerror or error}"
+                print(f"warning: {why}; the work goes on, and it is tried again", file=sys.stderr, flush=True)
+        else:
+            if self._failed:
+                print(f"{self.what}: can be written again", file=sys.stderr, flush=True)
+            self._failed = False
+
+
 def allow_as_umask(path: Path) -> None:
     """Give a file, or the files under a directory, the mode that the umask gives new ones: safetensors writes 0600."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = umask()
     for file in (p for p in [path, *path.rglob("*")] if p.is_file() and not p.is_symlink()):
         file.chmod(0o666 & ~mask)
+
+
+def umask() -> int:
+    """This process's; asked of Linux without changing it, because another thread may be making a file."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -7,9 +7,11 @@ is one line of `bad_samples.jsonl` in the run directory, whoever finds it and ho
 
 import fcntl
 import json
+import mmap
+import os
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,13 @@ from numpy.typing import NDArray
 
 from mae_dist import rng
 from mae_dist.errors import UserError
+from mae_dist.local import Secondary
 
 FILE_NAME = "bad_samples.jsonl"
 STAND_IN_STREAM = 0x7374616E
 TRIES = 16  # stand-ins asked, should they be bad too
 ALWAYS_ALLOWED = 10  # so that a bad image in a small data set stops nothing
+SLOTS = 4096
 LISTED = 5  # in the message; the file has all
 PLACE = re.compile(r"(?P<shard>.*): sample (?P<index>\d+) \(bytes (?P<offset>\d+) to (?P<end>\d+)\)", re.DOTALL)
 
@@ -65,36 +69,71 @@ class BadSamples:
         self.path, self.fraction, self.different, self.evaluated = run_dir / FILE_NAME, fraction, different, evaluated
         self._known: set[str] = set()
         self._size, self._found = 0, {}
+        self._output, self._waiting, self._owner = Secondary(self.path), list[dict](), os.getpid()
+        # Lines that processes forked from this one could not write yet; each has a number of its own (nearly surely).
+        self._unwritten = np.frombuffer(mmap.mmap(-1, 2 * SLOTS), np.uint16)
 
     def add(self, bad: BadSample, **found: int | str) -> None:
-        """Write a line for a bad sample that has none yet. `found`: what is known of it, `position` in training."""
+        """Write a line for a bad sample that has none yet. `found`: what is known of it, `position` in training.
+
+        A full or read-only disk does not stop the caller: the line waits, is counted, and is written by a later call.
+        """
         if bad.where in self._known:
             return
         self._known.add(bad.where)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
-            file.seek(0)
-            lines = file.readlines()
-            if any(known["where"] == bad.where for known in parsed(lines)):
-                return
-            torn = bool(lines) and not lines[-1].endswith("\n")
-            line = {"where": bad.where, "error": bad.reason} | found | location(bad.where)
-            file.write("\n" * torn + json.dumps(line | ({"key": bad.key} if bad.key else {})) + "\n")
+        line = {"where": bad.where, "error": bad.reason} | found | location(bad.where)
+        self.flush()
+        self._waiting.append(line | ({"key": bad.key} if bad.key else {}))
+        self._unwritten[os.getpid() % SLOTS] += 1
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines of this process that wait, if there is room now."""
+        if self._owner != os.getpid():  # forked: what the parent has is the parent's to write
+            self._owner, self._waiting = os.getpid(), []
+        if not self._waiting:
+            return
+        with self._output.attempt():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+") as file:
+                with suppress(OSError):  # not every file system has locks; short lines are appended whole all the same
+                    fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
+                file.seek(0)
+                lines = file.readlines()
+                listed = {known["where"] for known in parsed(lines)}
+                torn = bool(lines) and not lines[-1].endswith("\n")
+                new = [json.dumps(line) + "\n" for line in self._waiting if line["where"] not in listed]
+                file.write("\n" * torn + "".join(new))
+            self._unwritten[os.getpid() % SLOTS] -= len(self._waiting)
+            self._waiting = []
+
+    def begin_again(self) -> None:
+        """Drop the list: what it names may have been mended. Its samples are looked at again."""
+        self._known.clear()
+        with self._output.attempt():
+            self.path.unlink(missing_ok=True)
 
     def count(self, read: int | None = None) -> int:
         """Bad samples found by evaluations and among the first `read` of training (None: any), each once.
 
         So much at any number of ranks and after any restart. Reads the file only when it has grown.
         """
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self._size:
-            self._size, self._found = size, {}
-            for bad in self._lines():  # shards may have moved: then a sample has two lines
-                place, trained = bad.get("position", -1), "position" in bad
-                name = bad.get("sample", bad["where"]) if trained else bad["where"].rpartition("/")[2]
-                self._found[name] = min(place, self._found.get(name, place))
-        return sum(read is None or position < read for position in self._found.values())
+        with self._output.attempt():  # unreadable for a while: what was read before
+            size = self.path.stat().st_size if self.path.exists() else 0
+            if size != self._size:
+                lines = list(self._lines())
+                self._size, self._found = size, {}
+                for bad in lines:  # shards may have moved: then a sample has two lines
+                    place, trained = bad.get("position", -1), "position" in bad
+                    name = bad.get("sample", bad["where"]) if trained else bad["where"].rpartition("/")[2]
+                    self._found[name] = min(place, self._found.get(name, place))
+        found = sum(read is None or position < read for position in self._found.values())
+        return found + int(self._unwritten.sum())
+
+    def _listed(self) -> list[dict]:
+        with suppress(OSError):
+            return list(self._lines())
+        return []
 
     def _lines(self) -> Iterator[dict]:
         return parsed(self.path.read_text().splitlines() if self.path.exists() else [])
@@ -105,7 +144,8 @@ class BadSamples:
         read = min(read, self.different or read) + self.evaluated
         if found <= self.allowed(read):
             return
-        named = list(islice((bad for bad in self._lines() if bad.get("position", -1) < reached), LISTED))
+        known = [bad for bad in [*self._listed(), *self._waiting] if bad.get("position", -1) < reached]
+        named = known[:LISTED]
         listing = "; ".join(f"{bad['where']} {bad.get('key', '')}: {bad['error']}" for bad in named)
         more = f"; and {found - len(named)} more in {self.path}" if found > len(named) else f"; listed in {self.path}"
         raise UserError(

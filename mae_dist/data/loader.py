@@ -72,6 +72,8 @@ class Views:
     @torch.inference_mode()
     def fill(self, table: Table, images: Tensor) -> None:
         """Make (B, C, H, W) uint8 of the rows of a table, and fill in labels and times."""
+        if self.bad:
+            self.bad.flush()
         views = self.views(table[:, EPOCH], table[:, ID])
         self.source.will_need(table[:: self.repeat, SHARD].tolist(), table[:: self.repeat, ROW].tolist())
         for first in range(0, len(table), self.repeat):

@@ -7,7 +7,6 @@ function of the step: no promise that an image is seen once, or at all, or that 
 import atexit
 import hashlib
 import random
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from mae_dist.data.loader import Batch
 from mae_dist.data.options import DataConfig
 from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
+from mae_dist.launched import leave_signals_to_parent
 from mae_dist.shards import remote
 from mae_dist.shards.index import IMAGE_SUFFIXES, expand
 from mae_dist.shards.labels import member_label
@@ -188,8 +188,7 @@ class Views(IterableDataset):
 
 def _start_worker(_: int) -> None:
     """The signals that a scheduler sends to all processes are the trainer's."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    leave_signals_to_parent()
     torch.set_num_threads(1)
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mae_dist.errors import UserError
+from mae_dist.launched import leave_signals_to_parent
 
 TASK = 8  # images
 AHEAD = 3  # batches being made or ready
@@ -170,8 +171,7 @@ class Ring:
 
     def _work(self, worker: int) -> None:
         """A worker's life. The signals that a scheduler sends to every process are the trainer's to act on."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+        leave_signals_to_parent()
         torch.set_num_threads(1)
         poll = select.poll()
         poll.register(self.tasks, select.POLLIN)

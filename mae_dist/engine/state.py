@@ -46,13 +46,27 @@ class Snapshot(NamedTuple):
         share = directory / f"optimizer-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
         files = {share: self.moments} | ({directory / WEIGHTS: self.weights} if self.weights else {})
         for path, tensors in files.items():
-            try:
-                save_file(tensors, path)
-            except SafetensorError as error:  # has no errno of its own; what is not the disk's fault is ours
-                if number := re.search(r"\(os error (\d+)\)", str(error)):
-                    raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-                raise
+            save_tensors(tensors, path)
         return list(files)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError."""
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:  # has no errno of its own; what is not the disk's fault is ours
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file. Raises OSError, and UserError where its bytes are none."""
+    path.open("rb").close()  # the library calls whatever it may not read "not found"
+    try:
+        return load_file(path, device)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it, or put back a copy") from None
 
 
 def capture(engine: Engine, counters: Mapping[str, Tensor] = MappingProxyType({})) -> Snapshot:
@@ -145,7 +159,7 @@ def restore(engine: Engine, directory: Path) -> dict[str, Tensor]:
 def load_weights(model: MAE, directory: Path) -> None:
     """Load a checkpoint's weights alone. Raises UserError, naming a key, when they are another model's."""
     check_shapes(directory, {key: tuple(value.shape) for key, value in model.state_dict().items()})
-    weights = load_file(directory / WEIGHTS)
+    weights = load_tensors(directory / WEIGHTS)
     check_finite(weights, directory)
     model.load_state_dict(weights)
 

@@ -89,12 +89,12 @@ class World:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank. For small objects, outside the training steps."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The `value` of rank `source`, on every rank. For small objects, outside the training steps."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, device=self.device)
+        dist.broadcast_object_list(box, source, device=self.device)
         return box[0]
 
     def leave(self) -> None:

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,10 +19,12 @@ from mae_dist.config import Config
 from mae_dist.data import BadSamples, Source, centred_batches
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import World
+from mae_dist.engine.state import load_tensors, save_tensors
 from mae_dist.engine.update import autocast
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained, trained, untrained
 from mae_dist.evaluate.tracked import EVALUATIONS
+from mae_dist.local import make_directory, new_file
 
 BLOCK, BATCH = 1024, 256  # samples in a file, and encoded at once
 Kind = Literal["pretrained", "untrained", "pixels"]
@@ -63,7 +64,7 @@ class Features:
 
     def read(self, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Features (n, D) and labels (n,) of one block."""
-        held = load_file(self.path(block), device=str(device))
+        held = load_tensors(self.path(block), str(device))
         return held["features"], held["labels"]
 
     def blocks(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,11 +89,11 @@ def extract(kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config:
     """
     name = fingerprint(kind, pool, encoder, source, config)
     features = Features(encoder.run_dir / EVALUATIONS / "features" / name, int(source.counts.sum()))
-    features.directory.mkdir(parents=True, exist_ok=True)
+    make_directory(features.directory)
     bad = BadSamples(features.directory, config.data.max_bad_fraction)
     there = world.broadcast([features.path(block).exists() for block in range(features.num_blocks)])
     if world.is_main and not any(there):
-        bad.path.unlink(missing_ok=True)
+        bad.begin_again()
     world.barrier()
     missing = [block for block, done in enumerate(there) if not done]
     mine = missing[world.rank :: world.size]
@@ -138,9 +139,8 @@ def _make(
                 rows.append(made.float().cpu())
                 labels.append(batch.labels)
                 bar.update(len(batch.labels))
-            aside = features.path(block).with_suffix(f".{world.rank}")
-            save_file({"features": torch.cat(rows), "labels": torch.cat(labels)}, aside)
-            aside.rename(features.path(block))
+            with new_file(features.path(block)) as aside:
+                save_tensors({"features": torch.cat(rows), "labels": torch.cat(labels)}, aside)
 
 
 def fingerprint(kind: Kind, pool: Pool, encoder: Pretrained, source: Source, config: Config) -> str:

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_dist.data import Batch
 from mae_dist.engine import StepResult, World
 from mae_dist.engine.base import Precision
-from mae_dist.engine.state import COUNTER, WEIGHTS, finite, first_broken
+from mae_dist.engine.state import COUNTER, WEIGHTS, finite, first_broken, load_tensors, save_tensors
 from mae_dist.engine.update import Update, Updating, autocast
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
@@ -107,16 +106,16 @@ class Learner(Updating):
         if not self.world.is_main:
             return []
         for name, tensors in self.state().items():
-            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, directory / name)
+            save_tensors({key: value.detach().contiguous() for key, value in tensors.items()}, directory / name)
         return [directory / name for name in self.state()]
 
     def read(self, directory: Path) -> None:
         """The opposite of `write`."""
-        self.model.load_state_dict(load_file(directory / WEIGHTS))
+        self.model.load_state_dict(load_tensors(directory / WEIGHTS))
         if self.ema:
-            self.ema.module.load_state_dict(load_file(directory / AVERAGE))
+            self.ema.module.load_state_dict(load_tensors(directory / AVERAGE))
         places: dict[str, Any] = {name: p for p, name in self.named.items()}
-        moments = load_file(directory / OPTIMIZER)
+        moments = load_tensors(directory / OPTIMIZER)
         counters = [key for key in moments if key.startswith(COUNTER)]
         self.set_counters({key.removeprefix(COUNTER): moments.pop(key) for key in counters})
         for key, value in moments.items():

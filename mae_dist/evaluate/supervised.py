@@ -263,7 +263,7 @@ def accuracy(session: Session) -> dict[str, float]:
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     data, bad = session.config.data, BadSamples(session.bad.path.parent / "test", session.bad.fraction)
     if world.is_main:
-        bad.path.unlink(missing_ok=True)  # they may have been mended
+        bad.begin_again()
     world.barrier()
     for batch in evaluation_batches(session.test, session.size, data, batch_size, world.rank, world.size, bad):
         images, labels = (tensor.to(world.device) for tensor in (batch.images, batch.labels))

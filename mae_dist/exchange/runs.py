@@ -1,20 +1,19 @@
 """Weights from elsewhere as a run of ours, at step 0: every command that takes a run takes it."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_dist.config import Config
 from mae_dist.data.options import DataConfig
-from mae_dist.engine.state import COUNTER, WEIGHTS
+from mae_dist.engine.state import COUNTER, WEIGHTS, save_tensors
 from mae_dist.errors import UserError
 from mae_dist.exchange.read import read
+from mae_dist.local import make_directory, new_directory
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.positions import resized
 from mae_dist.model.sizes import check_fits, config_of, has_decoder
@@ -55,17 +54,16 @@ def import_run(
 
 
 def write(out: Path, config: Config, weights: dict[str, Tensor], origin: dict[str, str]) -> None:
-    """Write the run aside, then rename it. Its checkpoint is one before the first update: pretraining can go on too."""
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint = aside / "checkpoints" / "step-00000000"
-    checkpoint.mkdir(parents=True)
-    (aside / CONFIG_FILE).write_text(config.to_yaml())
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, checkpoint / WEIGHTS)
-    save_file({f"{COUNTER}updates": torch.zeros(())}, checkpoint / "optimizer-00000-of-00001.safetensors")
-    meta = {"step": 0, "data": {"digest": "", "num_samples": 0}, "imported": origin}
-    write_meta(checkpoint, meta, {path.name: digest(path) for path in checkpoint.iterdir()})
-    aside.rename(out)
+    """Write the run, whole or not at all. Its checkpoint is one before the first update: pretraining can go on too."""
+    make_directory(out.parent)
+    with new_directory(out) as aside:
+        checkpoint = aside / "checkpoints" / "step-00000000"
+        checkpoint.mkdir(parents=True)
+        (aside / CONFIG_FILE).write_text(config.to_yaml())
+        save_tensors({key: tensor.contiguous() for key, tensor in weights.items()}, checkpoint / WEIGHTS)
+        save_tensors({f"{COUNTER}updates": torch.zeros(())}, checkpoint / "optimizer-00000-of-00001.safetensors")
+        meta = {"step": 0, "data": {"digest": "", "num_samples": 0}, "imported": origin}
+        write_meta(checkpoint, meta, {path.name: digest(path) for path in checkpoint.iterdir()})
 
 
 def complete(state: Mapping[str, Tensor], config: MAEConfig) -> dict[str, Tensor]:

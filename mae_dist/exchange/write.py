@@ -2,21 +2,21 @@
 
 import dataclasses
 import json
-import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mae_dist.config import Config
-from mae_dist.engine.state import WEIGHTS
+from mae_dist.engine.state import WEIGHTS, load_tensors, save_tensors
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import check_weights, load_config, newest_of
 from mae_dist.exchange.card import card
 from mae_dist.exchange.read import CONFIG_KEY
 from mae_dist.exchange.runs import at_size
+from mae_dist.local import make_directory, new_directory, new_file, write_file
 from mae_dist.model import MAEConfig
 from mae_dist.model.formats import ENCODER_ONLY, convert
 from mae_dist.model.mae import build_encoder
@@ -60,7 +60,7 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
     checkpoint = newest_of(run)
     config = load_config(checkpoint)
     check_weights(checkpoint)
-    weights, notes, model = load_file(checkpoint / WEIGHTS), [], config.model
+    weights, notes, model = load_tensors(checkpoint / WEIGHTS), [], config.model
     if target.layout in ENCODER_ONLY:
         weights = {key: tensor for key, tensor in weights.items() if key.startswith("encoder.")}
     if img_size:
@@ -68,30 +68,33 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
     config = dataclasses.replace(config, model=model)
     described = describe(config, to) if to.startswith("huggingface") else {}
     tensors = {key: t.contiguous() for key, t in convert(weights, "mae_dist", target.layout).items()}
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    name = out.name if single else target.file
-    save(aside / name, tensors, model)
-    for file, content in described.items():
-        (aside / file).write_text(json.dumps(content, indent=2) + "\n")
-    (aside / "README.md").write_text(card(checkpoint, config, to, name if single else out.name, notes))
+    make_directory(out.parent)
+    said = card(checkpoint, config, to, out.name, notes)
     if single:
-        (aside / "README.md").replace(out.with_suffix(".md"))
-        (aside / name).replace(out)
-        aside.rmdir()
-    else:
-        aside.rename(out)
+        write_file(out.with_suffix(".md"), said)
+        with new_file(out) as aside:
+            save(aside, out.suffix, tensors, model)
+        return notes
+    with new_directory(out) as aside:
+        save(aside / target.file, Path(target.file).suffix, tensors, model)
+        for file, content in described.items():
+            (aside / file).write_text(json.dumps(content, indent=2) + "\n")
+        (aside / "README.md").write_text(said)
     return notes
 
 
-def save(path: Path, tensors: dict[str, Tensor], model: MAEConfig) -> None:
-    """Tensors, and the model's config with them: it tells the numbers of heads when they are imported again."""
+def save(path: Path, suffix: str, tensors: dict[str, Tensor], model: MAEConfig) -> None:
+    """Tensors, and the model's config with them: it tells the numbers of heads when they are imported again.
+
+    Raises OSError.
+    """
     said = dataclasses.asdict(model)
-    if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(said)})
+    if suffix == ".safetensors":
+        save_tensors(tensors, path, {"format": "pt", CONFIG_KEY: json.dumps(said)})
     else:
-        torch.save({"model": tensors, CONFIG_KEY: said}, path)
+        whole = BytesIO()  # torch's own writer makes a RuntimeError of a full disk
+        torch.save({"model": tensors, CONFIG_KEY: said}, whole)
+        path.write_bytes(whole.getbuffer())
 
 
 def describe(config: Config, to: str) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,6 @@ writes to its standard input which batch it has come to; the end of that input i
 import math
 import os
 import pickle
-import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
+from mae_dist.launched import leave_signals_to_parent
 from mae_dist.shards.cache import Cache, Needs
 from mae_dist.shards.counters import Counters
 from mae_dist.shards.download import Wanted
@@ -198,8 +198,7 @@ class Fetching:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # sent to a whole job: the trainer decides
-        signal.signal(number, signal.SIG_IGN)
+    leave_signals_to_parent()
     directory, limit, counters, shards, course, behind = pickle.load(sys.stdin.buffer)
     cache, progress = Cache(Path(directory), limit, Counters(counters)), Progress(course.start)
     threading.Thread(target=progress.follow, args=[sys.stdin.buffer.read], daemon=True).start()

@@ -14,7 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO, Any
+
+from mae_dist.local import fsync, new_file
 
 FILE_NAME = "journal.jsonl"
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -62,8 +65,8 @@ class Journal:
         """
         with self._lock:
             self._flush()
-            aside, dropped = self.path.with_name(f"{self.path.name}.cut"), 0
-            with self.path.open("rb") as old, aside.open("wb") as new:
+            dropped = 0
+            with new_file(self.path) as aside, self.path.open("rb") as old, aside.open("wb") as new:
                 for line in whole_lines(old):
                     record = parse(line)
                     if record is None:
@@ -72,11 +75,7 @@ class Journal:
                         dropped = max(dropped, int(record["step"]) - step)
                     else:
                         new.write(line)
-                new.flush()
-                os.fsync(new.fileno())
             os.close(self._fd)
-            aside.replace(self.path)
-            sync_directory(self.path.parent)
             self._fd = self._open()
         return dropped
 
@@ -87,19 +86,38 @@ class Journal:
                 self.sync()
                 os.close(self._fd)
                 self._fd = -1
+            if self._pending:
+                self._rescue()
+
+    def _rescue(self) -> None:
+        """The end, and the disk still takes nothing: the lines go where there is room, and that is said."""
+        lines = self._pending.count(b"\n")
+        try:
+            with NamedTemporaryFile(prefix="mae_dist-journal-", suffix=".jsonl", delete=False) as file:
+                file.write(self._pending)
+            self._pending.clear()
+            what = f"are in {file.name}: cat {file.name} >> {self.path}"
+        except OSError as error:
+            what = f"are lost: {error}"
+        print(f"warning: {self.path}: the last {lines} lines could not be written, and {what}", file=sys.stderr)
 
     def _open(self) -> int:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if self.path.is_file():  # a device or a pipe has no tail to repair
             with self.path.open("rb") as file:
                 whole, size = last_newline(file), file.seek(0, os.SEEK_END)
             if whole < size:
                 os.ftruncate(fd, whole)
-            sync_directory(self.path.parent)
+            with suppress(OSError):  # where the file system can promise that
+                fsync(self.path.parent)
         return fd
 
     def _flush(self) -> None:
         try:
+            if self._failed and self._fd >= 0:  # a file server that was away gives the old number no second life
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                os.close(self._fd)
+                self._fd = fd
             while self._pending:  # a nearly full disk takes a part of a line; the rest follows when it can
                 written = os.write(self._fd, self._pending)
                 del self._pending[:written]
@@ -178,13 +196,3 @@ def last_newline(file: IO[bytes], block: int = 65536) -> int:
             return start + place + 1
         end = start
     return 0
-
-
-def sync_directory(path: Path) -> None:
-    """New and renamed files in `path` survive a power cut from here on, where the file system can promise that."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(fd)
-    finally:
-        os.close(fd)

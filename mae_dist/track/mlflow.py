@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from mae_dist.errors import UserError
+from mae_dist.launched import STOP_SIGNALS
+from mae_dist.output import protect
 from mae_dist.track import TrackConfig, journal
 from mae_dist.track.place import ENVIRONMENT, PARENT, is_server, opening, tracking_uri, ui_command, user
 from mae_dist.track.state import BATCH_METRICS, Batch, State, Summary, unsent
@@ -291,12 +293,13 @@ def main() -> None:
     parser.add_argument("--experiment", default=TrackConfig.experiment)
     parser.add_argument("--tracking-uri")
     given = parser.parse_args()
+    protect()
     config = TrackConfig(experiment=given.experiment, tracking_uri=given.tracking_uri)
     if given.follow_pid is None:
         summary = sync(given.run_dir, config)
         print(summary)
         sys.exit(1 if summary.error else 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # schedulers signal everything; this one has to outlive the trainer
     os.nice(5)
     logging.getLogger("urllib3").setLevel(logging.ERROR)

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_dist.local import Secondary, make_directory, write_file
 from mae_dist.shards.encoded import open_image
+from mae_dist.track.journal import Journal
 
 MIN_TILE = 96  # pixels; smaller images are enlarged by a whole factor, so that each of their pixels stays a square
 THIN, WIDE = 2, 10  # pixels between the pictures of one image, and around them
@@ -75,14 +78,36 @@ def caption_font(tile_width: int, captions: Iterable[str]) -> ImageFont.FreeType
 
 
 def save_picture(picture: Image.Image, run_dir: Path | str, step: int, key: str = "reconstruction") -> str:
-    """Write `<run_dir>/review/<key>-<step>.png` aside, then rename. Returns its path from run_dir, for the journal."""
+    """Write `<run_dir>/review/<key>-<step>.png`. Returns its path from run_dir, for the journal. Raises OSError."""
     name = f"review/{key.replace('/', '-')}-{step:08d}.png"
-    path = Path(run_dir) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".new")
-    picture.save(aside, format="PNG")
-    aside.replace(path)
+    make_directory((Path(run_dir) / name).parent)
+    encoded = BytesIO()
+    picture.save(encoded, format="PNG")
+    write_file(Path(run_dir) / name, encoded.getvalue())
     return name
+
+
+class Album:
+    """A run's pictures: written, then named in its journal. What cannot be written waits for the next picture."""
+
+    def __init__(self, journal: Journal, key: str):
+        self.journal, self.key = journal, key
+        self.output = Secondary(journal.path.parent / "review")
+        self.waiting: list[tuple[int, Image.Image]] = []
+
+    def add(self, picture: Image.Image, step: int) -> None:
+        """Write it, and those that wait. Raises nothing for the disk: training goes on without pictures."""
+        self.waiting.append((step, picture))
+        failures = self.output.failures
+        with self.output.attempt():
+            while self.waiting:
+                drawn, waiting = self.waiting[0]
+                path = save_picture(waiting, self.journal.path.parent, drawn)
+                self.journal.write({"kind": "image", "step": drawn, "key": self.key, "path": path})
+                del self.waiting[0]
+        if self.output.failures > failures:
+            metrics = {"progress/failed_pictures": float(self.output.failures)}
+            self.journal.write({"kind": "metrics", "step": step, "metrics": metrics})
 
 
 def open_picture(path: Path) -> Image.Image | None:

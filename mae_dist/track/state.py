@@ -6,7 +6,6 @@ The state is `<run_dir>/mlflow.json`, read and written by the one process that h
 import hashlib
 import json
 import math
-import os
 import re
 import uuid
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from mae_dist.local import write_file
 from mae_dist.track import journal
 
 FILE_NAME = "mlflow.json"
@@ -97,13 +97,8 @@ class State:
             return cls()
 
     def save(self, run_dir: Path) -> None:
-        """Write aside, sync, rename."""
-        aside = run_dir / f"{FILE_NAME}.new"
-        with aside.open("w") as file:
-            json.dump(journal.to_json(asdict(self)), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(run_dir / FILE_NAME)
+        """Write it, whole or not at all. Raises OSError."""
+        write_file(run_dir / FILE_NAME, json.dumps(journal.to_json(asdict(self))))
 
     def seek(self, file: IO[bytes]) -> None:
         """Put an open journal, and `offset`, where reading goes on: at its beginning if it was cut before that."""

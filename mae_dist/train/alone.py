@@ -17,6 +17,7 @@ from typing import IO
 
 from mae_dist.engine.world import World
 from mae_dist.errors import Ended
+from mae_dist.local import make_directory
 
 FILE_NAME = "run.lock"
 PATIENCE_S = 120.0  # for the attempt before to end; a file server needs a while to miss a dead node
@@ -35,7 +36,7 @@ def alone(run_dir: Path, world: World, patience: float = PATIENCE_S) -> Iterator
 
     Raises Taken, on every rank, when another attempt goes on. Where the file system has no locks, rank 0 says so.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(run_dir)
     with (run_dir / FILE_NAME).open("a+") as file:
         refused = world.broadcast(admit(file, run_dir, patience) if world.is_main else "")
         if refused:
@@ -68,9 +69,10 @@ def admit(file: IO[str], run_dir: Path, patience: float) -> str:
             raise
         print(f"warning: {run_dir}: no file locks here ({error.strerror}): do not start a run twice", file=sys.stderr)
         return ""
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')},")
-    file.flush()
+    note = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')},"
+    with suppress(OSError):  # a full disk: the lock itself takes no room
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), note.encode())
     return ""
 
 

@@ -11,13 +11,13 @@ or still writes, is never taken for a part of this one's.
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -25,7 +25,8 @@ from typing import Any, Protocol
 import torch
 
 from mae_dist.engine.world import World
-from mae_dist.errors import UserError
+from mae_dist.errors import MachineFault, UserError, machine_fault
+from mae_dist.local import allow_as_umask, fsync, make_directory, write_file
 
 COMMITTED = re.compile(r"step-(\d{8})")
 META = "meta.json"
@@ -43,9 +44,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def committed(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first."""
-    found = [path for path in root.glob("step-*") if COMMITTED.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    """The checkpoints under `root`, oldest first; none where there is no `root`. Raises OSError: `glob` would not."""
+    try:
+        return sorted((path for path in root.iterdir() if COMMITTED.fullmatch(path.name)), key=step_of)
+    except FileNotFoundError:
+        return []
 
 
 def surplus(steps: list[int], keep: int, keep_every: int | None) -> list[int]:
@@ -57,23 +60,6 @@ def read_meta(checkpoint: Path) -> dict:
     return json.loads((checkpoint / META).read_text())
 
 
-def fsync(path: Path) -> None:
-    """Make a file's bytes, or a directory's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """There is the whole file under this name, or none."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    fsync(aside)
-    aside.rename(path)
-
-
 def digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -82,7 +68,11 @@ def digest(path: Path) -> dict[str, Any]:
 def write_meta(checkpoint: Path, meta: dict, files: dict[str, dict[str, Any]]) -> None:
     """`files`: the `digest` of each, by name."""
     content = meta | {"files": files}
-    write_json(checkpoint / META, content | {"seal": seal(content)})
+    write_file(checkpoint / META, as_json(content | {"seal": seal(content)}))
+
+
+def as_json(content: dict) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def seal(meta: dict) -> str:
@@ -92,7 +82,11 @@ def seal(meta: dict) -> str:
 
 
 def problems(checkpoint: Path, of: slice = slice(None), names: Iterable[str] | None = None) -> list[str]:
-    """What is damaged, a line each: `meta.json`, and of the files it lists those in `of` or `names` (all of them)."""
+    """What is damaged, a line each: `meta.json`, and of the files it lists those in `of` or `names` (all of them).
+
+    Damaged is what is missing, or was read and is something else. Raises OSError for what cannot be read: that says
+    nothing of the bytes.
+    """
     try:
         meta = read_meta(checkpoint)
         if meta["seal"] != seal(meta):
@@ -107,17 +101,15 @@ def problems(checkpoint: Path, of: slice = slice(None), names: Iterable[str] | N
 
 
 def problem(path: Path, expected: dict[str, Any] | None) -> str | None:
-    if expected is None or not path.is_file():
-        return f"{path}: missing"
     try:
         size = path.stat().st_size
+        if expected is None:
+            return f"{path}: missing"
         if size != expected["bytes"]:
             return f"{path}: {size} bytes, {expected['bytes']} were written"
-        if digest(path) != expected:
-            return f"{path}: not the bytes that were written (checksum)"
-    except OSError as error:  # such as a bad sector
-        return f"{path}: cannot be read: {error.strerror}"
-    return None
+        return None if digest(path) == expected else f"{path}: not the bytes that were written (checksum)"
+    except FileNotFoundError:
+        return f"{path}: missing"
 
 
 class Share(Protocol):
@@ -140,7 +132,7 @@ class Checkpoints:
         self.root, self.world, self.keep, self.keep_every = root, world, keep, keep_every
         self.attempt = world.broadcast(secrets.token_hex(4))
         if world.is_main:
-            root.mkdir(parents=True, exist_ok=True)
+            make_directory(root)
             for leftover in (path for pattern in UNFINISHED for path in root.glob(pattern)):
                 shutil.rmtree(leftover, ignore_errors=True)
         world.barrier()
@@ -148,11 +140,12 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest whole checkpoint, the same on all ranks; damaged ones are named and set aside. Collective.
 
-        Raises UserError when there are only damaged ones: a run does not begin again without being told to.
+        Raises UserError when there are only damaged ones: a run does not begin again without being told to. Raises
+        MachineFault, on all ranks, where one cannot read its share: then nothing is set aside.
         """
         main, aside = self.world.is_main, False
         while True:
-            found = committed(self.root) if main else []
+            found = self._readable(lambda: committed(self.root) if main else [])
             newest: Path | None = self.world.broadcast(found[-1] if found else None)
             if newest is None:
                 if self.world.broadcast(aside or any(self.root.glob(f"{DAMAGED}*"))):
@@ -161,7 +154,7 @@ class Checkpoints:
                         "another run with --train.name NAME, or delete them to start this one from the beginning"
                     )
                 return None
-            bad = problems(newest, slice(self.world.rank, None, self.world.size))
+            bad = self._readable(partial(problems, newest, slice(self.world.rank, None, self.world.size)))
             for line in bad:
                 if main or META not in line:  # which every rank reads
                     print(f"warning: damaged checkpoint: {line}", file=sys.stderr, flush=True)
@@ -170,6 +163,21 @@ class Checkpoints:
             if main:
                 aside = True
                 self._set_aside(newest)
+
+    def _readable(self, look: Callable[[], list]) -> list:
+        """What `look` finds, unless any rank could not read: the first one's reason is raised on all. Collective."""
+        found, fault = [], None
+        try:
+            found = look()
+        except OSError as error:
+            fault = machine_fault(error) or MachineFault(str(error))
+        blind = int(
+            self.world.max(torch.tensor(0.0 if fault is None else 1.0 + self.world.rank, device=self.world.device))
+        )
+        if blind:
+            reason = self.world.broadcast(fault and (str(fault), fault.status), source=blind - 1)
+            raise MachineFault(*reason)
+        return found
 
     def _set_aside(self, damaged: Path) -> None:
         name, count = f"{DAMAGED}{damaged.name}", 1
@@ -191,9 +199,10 @@ class Checkpoints:
         aside.mkdir(exist_ok=True)
         files = {}
         for path in snapshot.write(aside):
+            allow_as_umask(path)
             fsync(path)
             files[path.name] = digest(path)
-        write_json(aside / word, {"files": files})
+        write_file(aside / word, as_json({"files": files}))
 
     def commit(self, step: int, meta: dict, abort: Event, patience: float) -> int:
         """On rank 0: wait for every rank's files and make them a checkpoint; returns its bytes.
@@ -205,8 +214,7 @@ class Checkpoints:
         files = {name: file for word in words.values() for name, file in word["files"].items()}
         for name in words:
             (aside / name).unlink()
-        write_meta(aside, {"step": step} | meta, files)
-        fsync(aside)
+        write_meta(aside, {"step": step} | meta, files)  # and with it the names of all files survive a power cut
         aside.rename(final)
         fsync(self.root)
         return sum(file["bytes"] for file in files.values())
@@ -242,7 +250,7 @@ class Checkpoints:
             return
         for path in aside.glob(f"*-{rank:05d}-of-*"):  # first: on a full disk, this makes room for the word
             path.unlink()
-        write_json(aside / share_name(rank), {"error": f"rank {rank}: {why}"})
+        write_file(aside / share_name(rank), as_json({"error": f"rank {rank}: {why}"}))
 
     def retire(self) -> None:
         """On rank 0: delete what is not to be kept; never half a checkpoint under a committed name."""

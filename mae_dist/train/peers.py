@@ -59,7 +59,7 @@ class Board:
                     old.unlink()
         world.barrier()
         with suppress(OSError):
-            self.file = os.open(self.path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            self.file = os.open(self.path(self.rank), os.O_WRONLY | os.O_CREAT, 0o666)
 
     def path(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.beat"

@@ -29,10 +29,7 @@ class Progress:
             + (f"bad samples {metrics['progress/bad_samples']:.0f} | " if metrics["progress/bad_samples"] else "")
             + f"ETA {duration(per_step * (self.total - done))}"
         )
-        try:
-            if sys.stdout.isatty():
-                print(f"\r\033[K{line}", end="\n" if done == self.total else "", flush=True)
-            else:
-                print(line, flush=True)
-        except OSError:
-            pass  # nobody reads any more (a closed pipe, a full disk): no reason to stop training
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if done == self.total else "", flush=True)
+        else:
+            print(line, flush=True)

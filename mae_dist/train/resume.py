@@ -9,6 +9,7 @@ from mae_dist.config import Config, flat, to_yaml
 from mae_dist.data import Source
 from mae_dist.engine import World
 from mae_dist.errors import UserError
+from mae_dist.local import write_file
 from mae_dist.track.journal import FILE_NAME, Journal, read
 from mae_dist.train.checkpoint import read_meta
 from mae_dist.train.knn import KNN, is_due
@@ -89,6 +90,4 @@ def open_journal(config: Config, world: World, start: int) -> Journal:
 
 def save_config(config: Any) -> None:
     """Write the resolved config into its run directory, whole or not at all."""
-    aside = config.train.run_dir / f".{CONFIG_FILE}"
-    aside.write_text(to_yaml(config))
-    aside.rename(config.train.run_dir / CONFIG_FILE)
+    write_file(config.train.run_dir / CONFIG_FILE, to_yaml(config))

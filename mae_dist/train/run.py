@@ -203,8 +203,8 @@ def account(run: Run) -> None:
     assert run.journal
     try:
         spent = goodput(read(run.journal.path))
-    except OSError as error:
-        print(f"warning: {run.journal.path}: {error.strerror}", file=sys.stderr)
+    except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # also a record that is none of ours
+        print(f"warning: {run.journal.path}: cannot be summed up: {error!r}", file=sys.stderr)
         return
     run.journal.write({"kind": "metrics", "step": spent.step, "metrics": spent.metrics()})
     print(f"{run.config.train.name}: {spent}", flush=True)

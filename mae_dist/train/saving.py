@@ -17,11 +17,11 @@ from contextlib import contextmanager
 
 import torch
 
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, machine_fault
+from mae_dist.launched import STOP_SIGNALS
 from mae_dist.track.journal import Journal
 from mae_dist.train.checkpoint import Checkpoints, Share
 from mae_dist.train.health import TrainingDiverged, go_back
-from mae_dist.train.stop import SIGNALS
 
 RETRY = 60.0  # seconds after a save that failed, until the next log step that tries again
 PATIENCE = 600.0  # seconds from the end of rank 0's own files to the end of the slowest rank's
@@ -218,7 +218,7 @@ def explain(error: Exception) -> str:
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return str(error)
+        return str(machine_fault(error) or error)
     text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return f"{text}; make room there, or keep fewer: train.keep_checkpoints, train.keep_every"
 
@@ -230,7 +230,7 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    kept = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
+    kept = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mae_dist.engine.world import World
+from mae_dist.launched import stop_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AT_ONCE = 5.0  # seconds for the main thread to begin to leave when there is nothing to save
 LEAVING = 60.0  # and to be gone
 
@@ -32,8 +32,8 @@ class Stopped(Exception):
 
     @property
     def end(self) -> str:
-        """The run's status: SIGUSR1 is a scheduler's word that it will start the run again."""
-        return "SCHEDULED" if self.signal == signal.SIGUSR1 else "KILLED"
+        """The run's status: SIGUSR1 or 2 is a scheduler's word that it will start the run again."""
+        return "SCHEDULED" if self.signal in (signal.SIGUSR1, signal.SIGUSR2) else "KILLED"
 
 
 class StopRequest:
@@ -45,6 +45,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = self.interrupts = 0
+        self.heard = stop_signals()
         self.leaving = False
         """The main thread is on its way out: no further signal is to divert it."""
         self._door = threading.Lock()  # held by the thread that decides how this process ends
@@ -56,7 +57,7 @@ class StopRequest:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals").start()
-        for number in SIGNALS:
+        for number in self.heard:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -71,7 +72,7 @@ class StopRequest:
     def _listen(self, pipe: int) -> None:
         while True:
             for number in os.read(pipe, 64):
-                self.signal = self.signal or (number if number in SIGNALS else 0)
+                self.signal = self.signal or (number if number in self.heard else 0)
             for seconds in (AT_ONCE, LEAVING):
                 if self.signal and not self.begun:
                     time.sleep(seconds)

@@ -14,7 +14,7 @@ from mae_dist.engine import Engine, World
 from mae_dist.model.masking import num_kept, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.track.journal import Journal
-from mae_dist.track.review import reconstruction_grid, save_picture
+from mae_dist.track.review import Album, reconstruction_grid
 
 PICTURED = 12  # images in a reconstruction grid
 GREY = 127
@@ -36,6 +36,7 @@ class Validation:
     ):
         self.config, self.source, self.world, self.batch_size, self.bad = config, source, world, batch_size, bad
         self.normalise = Normalise(config.data, world.device)
+        self.album: Album | None = None
         self.pictured = first_images(source or train_source, config, bad)
 
     phase = "evaluation"
@@ -63,8 +64,8 @@ class Validation:
         images, noise = self.normalise(pixels), self.noise(ids)
         rebuilt = self.normalise.undo(model.reconstruct(images, noise))
         grid = picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
-        path = save_picture(grid, self.config.train.run_dir, step)
-        journal.write({"kind": "image", "step": step, "key": PICTURE, "path": path})
+        self.album = self.album or Album(journal, PICTURE)
+        self.album.add(grid, step)
 
     def noise(self, ids: Tensor) -> Tensor:
         """The fixed masks of evaluation: keyed by the sample alone."""

@@ -47,7 +47,7 @@ def undisturbed(shards, tmp_path_factory):
         pytest.param("start:1:0", TERM, None, id="TERM before anything"),
         pytest.param("forward:17:0", TERM, 6, id="TERM in a step, rank 0"),
         pytest.param("forward:17:1", INT, 6, id="INT in a step"),
-        pytest.param("data:14:1", USR1, 5, id="USR1 while it waits for data"),
+        pytest.param("data:14:1", int(signal.SIGHUP), 5, id="HUP while it waits for data"),
         pytest.param("evaluation:1:1", USR1, 7, id="USR1 in an evaluation"),
         pytest.param("save:2:1", TERM, 9, id="TERM in a save"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -259,3 +260,38 @@ def test_too_many_bad_samples_stop_the_run_with_the_list(shards, tmp_path):
     assert "train-0000" in done.stderr and "class_" in done.stderr and "bad_samples.jsonl" in done.stderr
     alone = mae_dist(*arguments(broken, tmp_path / "alone"), check=False)
     assert alone.returncode == 2
+
+
+def test_a_list_that_cannot_be_written_waits_and_counts(tmp_path, capsys):
+    """A directory stands where the file belongs: an error of the disk that tests can take away again."""
+    bad = BadSamples(tmp_path, 1e-4)
+    bad.path.mkdir()
+    for i in range(3):
+        bad.add(BadSample(f"a.tar: sample {i} (bytes 0 to 9)", "cut"), sample=i, position=i)
+        bad.add(BadSample(f"a.tar: sample {i} (bytes 0 to 9)", "cut"), sample=i, position=i)
+    assert bad.count(10) == 3
+    assert capsys.readouterr().err.count("warning: ") == 1
+    pid = os.fork()
+    if not pid:  # a worker has its own, and none of ours
+        bad.add(BadSample("a.tar: sample 3 (bytes 0 to 9)", "cut"), sample=3, position=3)
+        os._exit(0 if bad.count(10) == 4 and len(bad._waiting) == 1 else 1)
+    assert os.waitpid(pid, 0)[1] == 0 and bad.count(10) == 4  # it died with it: still counted
+    with pytest.raises(UserError, match=r"a\.tar: sample 0 .*cut; a\.tar: sample 1"):
+        bad.check(11, 10)
+    bad.path.rmdir()
+    bad.flush()
+    lines = [json.loads(line)["where"] for line in bad.path.read_text().splitlines()]
+    assert lines == [f"a.tar: sample {i} (bytes 0 to 9)" for i in range(3)] and bad.count(10) == 4
+    assert "can be written again" in capsys.readouterr().err
+    assert BadSamples(tmp_path, 1e-4).count(10) == 3
+
+
+def test_a_list_that_cannot_be_read_or_removed_stops_nobody(tmp_path, capsys):
+    bad = BadSamples(tmp_path, 1e-4)
+    bad.add(BadSample("a.tar: sample 0 (bytes 0 to 9)", "cut"), sample=0, position=0)
+    assert bad.count(10) == 1
+    bad.path.unlink()
+    bad.path.mkdir()
+    assert bad.count(10) == 1  # what was known
+    bad.begin_again()
+    assert capsys.readouterr().err.count("warning: ") == 1

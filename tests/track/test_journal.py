@@ -192,3 +192,17 @@ def test_what_a_full_disk_refused_comes_later_in_its_place(tmp: Path, monkeypatc
     opened.write({"step": 4, "time": 1.0})
     opened.close()
     assert [record["step"] for record in read(path)] == [0, 1, 2, 3, 4]
+
+
+def test_what_never_found_room_is_kept_elsewhere(
+    tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp))
+    opened = Journal("/dev/full")
+    for step in range(3):
+        opened.write({"step": step})
+    opened.close()
+    said = capsys.readouterr().err
+    assert "the last 3 lines could not be written, and are in " in said
+    (kept,) = tmp.glob("mae_dist-journal-*.jsonl")
+    assert str(kept) in said and [record["step"] for record in journal.read(kept)] == [0, 1, 2]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_dist.track.review import MIN_TILE, THIN, WIDE, open_picture, reconstruction_grid, save_picture
+from mae_dist.track import journal
+from mae_dist.track.review import MIN_TILE, THIN, WIDE, Album, open_picture, reconstruction_grid, save_picture
 
 
 def triple(count: int, height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,3 +89,21 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     assert open_picture(broken) is None
     with pytest.raises(FileNotFoundError):
         open_picture(tmp_path / "nothing.png")
+
+
+def test_pictures_that_cannot_be_written_wait_and_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "review").write_text("a file where the directory belongs")
+    opened = journal.Journal(tmp_path / journal.FILE_NAME)
+    album, picture = Album(opened, "review/reconstruction"), reconstruction_grid(*triple(1, 8, 8, 3))
+    album.add(picture, 1)
+    album.add(picture, 2)
+    assert capsys.readouterr().err.count("warning: ") == 1
+    (tmp_path / "review").unlink()
+    album.add(picture, 3)
+    records = list(journal.read(opened.path))
+    assert [r["step"] for r in records if r["kind"] == "image"] == [1, 2, 3]
+    assert all(open_picture(tmp_path / r["path"]) for r in records if r["kind"] == "image")
+    assert [r["metrics"]["progress/failed_pictures"] for r in records if r["kind"] == "metrics"] == [1, 2]
+    assert sorted(path.suffix for path in (tmp_path / "review").iterdir()) == [".png"] * 3
