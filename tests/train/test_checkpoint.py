@@ -20,7 +20,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def snapshot(step: int, rank: int = 0, size: int = 1) -> Snapshot:
-    return Snapshot({"w": torch.full((9,), float(step))} if rank == 0 else {}, {"m": torch.ones(3)}, rank, size)
+    return Snapshot({"w": torch.full((9,), float(step))} if rank == 0 else {}, {"m": torch.ones(3)}, rank, size, "")
 
 
 def commit(checkpoints: Checkpoints, step: int, patience: float = 0.2, **meta) -> None:

@@ -53,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def snapshot(step: int, rank: int = 0, size: int = 1) -> Snapshot:
-    return Snapshot({"w": torch.full((9,), float(step))} if rank == 0 else {}, {"m": torch.ones(3)}, rank, size)
+    return Snapshot({"w": torch.full((9,), float(step))} if rank == 0 else {}, {"m": torch.ones(3)}, rank, size, "")
 
 
 class Engine:
