@@ -65,15 +65,19 @@ class Cache:
         return (self.directory / wanted.name).exists()
 
     def read(self, wanted: Wanted, offset: int, length: int) -> bytes | None:
-        """Bytes of a shard that is here; None when it is not."""
+        """Bytes of a shard that is here; None when it is not, or not whole any more: then it is removed."""
+        path = self.directory / wanted.name
         try:
-            file = os.open(self.directory / wanted.name, os.O_RDONLY)
+            file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
-            return os.pread(file, length, offset)
+            if os.fstat(file).st_size == wanted.num_bytes:
+                return os.pread(file, length, offset)
         finally:
             os.close(file)
+        path.unlink(missing_ok=True)
+        return None
 
     def touch(self, wanted: Wanted) -> None:
         """It is in use: others go first."""

@@ -45,10 +45,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises ValueError for one too large or damaged, and what PIL raises (OSError, ValueError, SyntaxError); some damage
     is only found when pixels are decoded.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError(f"no image that PIL knows, {len(data)} bytes") from None
+    image = _identified(data)
     refuse_size(image.width, image.height, len(data), max_pixels)
     if image.format in ("JPEG", "MPO"):
         check_jpeg(data, image.width, image.height, len(image.getbands()))
@@ -59,6 +56,22 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     elif isinstance(image, TiffImageFile):
         check_tiff(image)
     return image
+
+
+def format_of(data: bytes) -> str:
+    """What the bytes begin as (JPEG, MPO, PNG, ...), whole or not; empty: as no image."""
+    try:
+        with _identified(data) as image:
+            return image.format or ""
+    except Exception:  # decoders raise what they like for bad bytes
+        return ""
+
+
+def _identified(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"no image that PIL knows, {len(data)} bytes") from None
 
 
 def refuse_size(width: int, height: int, num_bytes: int, max_pixels: int = MAX_PIXELS) -> None:

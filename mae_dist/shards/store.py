@@ -1,71 +1,150 @@
-"""The bytes of any sample, by (shard, index): one positioned read, of a mapped local tar or of a cached remote one."""
+"""The bytes of any sample, by (shard, index): one positioned read, of a local tar or of a cached remote one."""
 
-import mmap
+import os
 import resource
+import struct
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
 
-OPEN_SHARDS = 1024  # mapped at once; the kernel allows about 65,000 mappings a process
-PAGE = mmap.PAGESIZE
+OPEN_SHARDS = 1024  # at once
+RESERVED = 512  # open files that are left for all else
 RANGES = 32  # samples of one shard that a process reads by ranges before it waits for the whole shard
+PAUSES = (0.5, 2, 8)  # seconds before a read that failed is tried again: file servers come back
+ROW = struct.Struct("<3q")
+SIZE_FIELD = slice(124, 136)  # of a tar header
+
+T = TypeVar("T")
+
+
+class Table:
+    """The table of a shard, open. Read, not mapped: of a file that was cut short meanwhile a map is a fatal signal."""
+
+    def __init__(self, path: Path):
+        self.path, self.first = path, np.load(path, mmap_mode="r").offset
+        self.file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+    def row(self, index: int) -> tuple[int, int, int]:
+        """Offset, length and label of a sample. Raises OSError, and UserError where the table has no such row."""
+        data = os.pread(self.file, ROW.size, self.first + ROW.size * index)
+        if len(data) < ROW.size:
+            raise UserError(f"{self.path}: was cut short while in use; copy it again, or index the shards again")
+        return ROW.unpack(data)
+
+
+class OpenShard:
+    """A local tar and its table, open."""
+
+    def __init__(self, tar: Path, table: Path, num_bytes: int):
+        self.path, self.num_bytes, self.table = tar, num_bytes, Table(table)
+        self.file = os.open(tar, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """A sample's bytes and label. Raises OSError, and UserError when the tar is not as it was when indexed."""
+        offset, length, label = self.table.row(index)
+        header, data = os.pread(self.file, BLOCK, offset - BLOCK), os.pread(self.file, length, offset)
+        found = os.fstat(self.file).st_size
+        if found != self.num_bytes or len(data) < length:
+            raise self._changed(f"has {found} bytes where the manifest says {self.num_bytes}")
+        if header[SIZE_FIELD].rstrip(b" \0").lstrip(b" 0") != b"%o" % length:
+            raise self._changed(f"has no image of {length} bytes at byte {offset}, as its table says")
+        return data, label
+
+    def header(self, index: int) -> bytes:
+        """The tar header before a sample's bytes."""
+        return os.pread(self.file, BLOCK, self.table.row(index)[0] - BLOCK)
+
+    def _changed(self, how: str) -> UserError:
+        return UserError(
+            f"{self.path}: {how}: it was changed after it was indexed; copy it again, or, if it is as it should be, "
+            "index its shards again and train a new run"
+        )
 
 
 class LocalStore:
-    """Reads the shards of a manifest from a local or mounted disk. Safe to fork: maps are opened at first use."""
+    """Reads the shards of a manifest from a local or mounted disk. Safe to fork: files are opened at first use.
+
+    A read that fails is tried again for a while. Raises UserError, naming the file, when it goes on to fail, and when a
+    shard has another size, or other files at the places of its samples, than when it was indexed.
+    """
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
-        allow_open_files(2 * OPEN_SHARDS + 512)  # each map keeps its file open, tar and index
+        self._shards: dict[int, OpenShard] = {}  # the least recently used first
+        most = allow_open_files(2 * OPEN_SHARDS + RESERVED) - RESERVED
+        self.most = min(OPEN_SHARDS, max(8, most // 2))  # tar and table
 
     def __getstate__(self) -> dict:
-        return {"manifest": self.manifest}  # open maps stay where they are
+        return {"manifest": self.manifest}  # open files stay where they are
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["manifest"])
 
     def read(self, shard: int, index: int) -> tuple[bytes, int]:
         """The encoded image and its label (-1: none)."""
-        data, table = self._open(shard)
-        offset, length, label = table[index].tolist()
-        return data[offset : offset + length], label
+        return self._patiently(shard, lambda opened: opened.read(index))
 
     def will_need(self, shards: Sequence[int], indices: Sequence[int]) -> None:
         """These samples are read next: the kernel may fetch what is not in memory, all side by side."""
         for shard, index in zip(shards, indices, strict=True):
-            data, table = self._open(shard)
-            offset, length, _ = table[index].tolist()
-            start, end = offset // PAGE * PAGE, min(offset + length, len(data))
-            if start < end:
-                with suppress(OSError):  # only advice
-                    data.madvise(mmap.MADV_WILLNEED, start, end - start)
+            with suppress(OSError, UserError):  # only advice; whoever reads it says what is wrong
+                opened = self._open(shard)
+                offset, length, _ = opened.table.row(index)
+                os.posix_fadvise(opened.file, offset, length, os.POSIX_FADV_WILLNEED)
 
     def where(self, shard: int, index: int) -> str:
         """Where a sample lies, for a message about it."""
-        offset, length, _ = self._open(shard)[1][index].tolist()
+        offset, length, _ = self._patiently(shard, lambda opened: opened.table.row(index))
         return f"{self.manifest.tar_path(shard)}: sample {index} (bytes {offset} to {offset + length})"
 
     def key(self, shard: int, index: int) -> str:
         """A sample's key; empty where the header before its bytes does not say it."""
-        data, table = self._open(shard)
-        offset = int(table[index, 0])
-        return key_in(data[offset - BLOCK : offset])
+        return key_in(self._patiently(shard, lambda opened: opened.header(index)))
 
-    def _open_shard(self, shard: int) -> tuple[mmap.mmap, NDArray[np.int64]]:
-        with self.manifest.tar_path(shard).open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return data, np.load(self.manifest.index_path(shard), mmap_mode="r")
+    def _patiently(self, shard: int, action: Callable[[OpenShard], T]) -> T:
+        for pause in (*PAUSES, None):
+            try:
+                return action(self._open(shard))
+            except OSError as error:
+                self._shards.pop(shard, None)  # a stale handle is opened anew
+                if pause is None:
+                    raise UserError(
+                        f"{error.filename or self.manifest.tar_path(shard)}: cannot be read, tried "
+                        f"{len(PAUSES) + 1} times: {error.strerror}; when it can be, the same command goes on"
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _open(self, shard: int) -> OpenShard:
+        opened = self._shards.pop(shard, None)
+        if opened is None:
+            num_bytes = self.manifest.shards[shard].num_bytes
+            opened = OpenShard(self.manifest.tar_path(shard), self.manifest.index_path(shard), num_bytes)
+            if len(self._shards) == self.most:
+                del self._shards[next(iter(self._shards))]
+        self._shards[shard] = opened
+        return opened
 
 
 class RemoteStore:
@@ -96,7 +175,7 @@ class RemoteStore:
         whole = self.shards[shard]
         if whole is None:
             return self.local.read(shard, index)
-        offset, length, label = self._table(shard)[index].tolist()
+        offset, length, label = self._table(shard).row(index)
         data = self.cache.read(whole, offset, length)
         self.cache.counters.add(**{"misses" if data is None else "hits": 1})
         if data is None and self._may_range(whole, shard):
@@ -110,7 +189,7 @@ class RemoteStore:
 
     def where(self, shard: int, index: int) -> str:
         """Where a sample lies, for a message about it."""
-        offset, length, _ = self._table(shard)[index].tolist()
+        offset, length, _ = self._table(shard).row(index)
         return f"{self.manifest.place(shard)}: sample {index} (bytes {offset} to {offset + length})"
 
     def key(self, shard: int, index: int) -> str:
@@ -118,7 +197,7 @@ class RemoteStore:
         whole = self.shards[shard]
         if whole is None:
             return self.local.key(shard, index)
-        offset = int(self._table(shard)[index, 0])
+        offset = self._table(shard).row(index)[0]
         header = self.cache.read(whole, offset - BLOCK, BLOCK)
         if header is None and self._may_range(whole, shard):
             header = remote.read_range(whole.place, offset - BLOCK, offset)
@@ -127,11 +206,11 @@ class RemoteStore:
     def _may_range(self, whole: Wanted, shard: int) -> bool:
         return self.has_ranges and self.ranged[shard] < RANGES and not whole.place.startswith(remote.PIPE)
 
-    def _load_table(self, shard: int) -> NDArray[np.int64]:
+    def _load_table(self, shard: int) -> Table:
         whole = self.shards[shard]
         assert whole
         self.cache.touch(whole)
-        return np.load(self.manifest.index_path(shard), mmap_mode="r")
+        return Table(self.manifest.index_path(shard))
 
 
 def key_in(header: bytes) -> str:
@@ -162,9 +241,12 @@ def open_store(manifest: Manifest, cache: Cache | None = None) -> LocalStore | R
     return LocalStore(manifest)
 
 
-def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files, 1024 on many systems, as far as needed and allowed."""
+def allow_open_files(count: int) -> int:
+    """Raise the soft limit of open files, 1024 on many systems, as far as needed and allowed; returns what it is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < enough:
+    if soft == resource.RLIM_INFINITY:
+        return count
+    if soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+    return max(soft, enough)
