@@ -29,7 +29,7 @@ def copy(shards, tmp_path, monkeypatch):
 def batches(shards, workers) -> Generator[Batch]:
     config = DataConfig(shards=str(shards), workers=workers)
     source, bad = open_sources(config, SIZE, 3)[0], BadSamples(shards / "run", 1)
-    yield from ImageStream(source, SIZE, config, 0, 12, bad=bad)
+    return (batch for batch in ImageStream(source, SIZE, config, 0, 12, bad=bad))
 
 
 def rewritten(path):
