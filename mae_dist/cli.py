@@ -336,6 +336,7 @@ def sync(arguments: Sequence[str]) -> int:
     config = dataclasses.replace(
         run_config(given.run).track, **{key: value for key, value in vars(given).items() if key != "run" and value}
     )
+    config.check()
     summary = send(given.run, config)
     print(summary)
     return 1 if summary.error else 0

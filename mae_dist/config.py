@@ -133,7 +133,7 @@ def load(
         values |= checked(layer, kind)
     for key, value in without.items():
         if values[key] != value:
-            raise UserError(f"{key}: {values[key]}: {prog} has no use for it; leave it out")
+            raise UserError(f"{key}: {values[key]}: is for pretraining, not for {prog}; leave it out")
     sections = {
         f.name: type(getattr(kind(), f.name))(
             **{key.split(".")[1]: value for key, value in values.items() if key.split(".")[0] == f.name}

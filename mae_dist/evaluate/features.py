@@ -7,13 +7,13 @@ processes, each image is in them once, what was interrupted goes on, and readers
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mae_dist.config import Config
 from mae_dist.data import BadSamples, Source, centred_batches
@@ -25,6 +25,7 @@ from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained, trained, untrained
 from mae_dist.evaluate.tracked import EVALUATIONS
 from mae_dist.local import make_directory, new_file
+from mae_dist.shards.progress import Progress
 
 BLOCK, BATCH = 1024, 256  # samples in a file, and encoded at once
 Kind = Literal["pretrained", "untrained", "pixels"]
@@ -129,7 +130,7 @@ def _make(
     positions = [np.array(span[i : i + BATCH]) for span in spans for i in range(0, len(span), BATCH)]
     batches = centred_batches(source, config.model.height_width, config.data, positions, BATCH, bad)
     total = sum(map(len, spans))
-    with tqdm(total=total, unit="img", desc="features", leave=False, disable=not world.is_main) as bar:
+    with Progress("features", total) if world.is_main else nullcontext() as bar:
         for block, span in zip(mine, spans, strict=True):
             rows, labels = [], []
             for _ in range(0, len(span), BATCH):
@@ -138,7 +139,8 @@ def _make(
                     made = function(normalise(batch.images.to(world.device)))
                 rows.append(made.float().cpu())
                 labels.append(batch.labels)
-                bar.update(len(batch.labels))
+                if bar:
+                    bar.update(len(batch.labels))
             with new_file(features.path(block)) as aside:
                 save_tensors({"features": torch.cat(rows), "labels": torch.cat(labels)}, aside)
 

@@ -129,6 +129,8 @@ def knn(
     question.check()
     pretrained = Pretrained.find(run)
     config = evaluation_config(pretrained, train, test, precision, max_bad_fraction)
+    track = track_of(pretrained)
+    track.check()
     world = World.join()
     try:
         params = dataclasses.asdict(question) | {"shards": config.data.shards, "val_shards": config.data.val_shards}
@@ -139,7 +141,7 @@ def knn(
             features = asked(question.of, question.pool, pretrained, sources[:2], config)
             name = name_of("knn", step, params | features)
             directory = pretrained.run_dir / EVALUATIONS / name
-            with logged(directory, pretrained, track_of(pretrained), 0, params) as journal:
+            with logged(directory, pretrained, track, 0, params) as journal:
                 metrics = {metric(f"knn_k{k}", kind): value for kind, row in table.items() for k, value in row.items()}
                 journal.write({"kind": "metrics", "step": step, "metrics": metrics})
         return as_text(table, question) if world.is_main else ""

@@ -186,5 +186,6 @@ def check_common(config: FinetuneConfig | LinearConfig, in_chans: int) -> None:
     if labels.per_class is not None and labels.fraction != 1:
         raise UserError(f"labels.fraction: {labels.fraction}, but labels.per_class is set too; leave one of them out")
     train.check()
+    config.track.check()
     if data.val_shards is None:
         raise UserError("data.val_shards: evaluation needs held-out labelled shards: --data.val_shards SHARDS")

@@ -35,7 +35,7 @@ from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.health import Health, check_skipped
 from mae_dist.train.meters import Meters
-from mae_dist.train.progress import Progress
+from mae_dist.train.progress import Progress, say
 from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, save_config
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
@@ -248,7 +248,7 @@ def score(session: Session, step: int, journal: Journal | None) -> None:
     scores = accuracy(session)
     if journal:
         journal.write({"kind": "metrics", "step": step, "metrics": scores})
-        print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()), flush=True)
+        say(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
 
 @torch.no_grad()

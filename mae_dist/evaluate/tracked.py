@@ -12,7 +12,7 @@ from mae_dist.config import Config
 from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.track import TrackConfig
 from mae_dist.track.journal import FILE_NAME, Journal
-from mae_dist.track.place import PARENT, tracking_uri
+from mae_dist.track.place import PARENT, how_to_watch, tracking_uri
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.stop import Stopped
 
@@ -50,6 +50,8 @@ def logged(
     tags = {PARENT: str(pretrained.run_dir), "checkpoint": str(pretrained.checkpoint)}
     journal.write({"kind": "start", "step": start, "params": params, "tags": tags, "artifacts": artifacts})
     tracker = MLflowTracker.start(run_dir, track)
+    if track.mlflow:
+        print(f"MLflow: {how_to_watch(pretrained.run_dir, track)}", flush=True)
     status, reason = "FAILED", ""
     try:
         yield journal

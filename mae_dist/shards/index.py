@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
@@ -24,6 +23,7 @@ from mae_dist.shards.labels import member_label, of_unlabelled
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
 from mae_dist.shards.notes import Notes
 from mae_dist.shards.processes import in_order
+from mae_dist.shards.progress import Progress
 from mae_dist.shards.tar import BadTar, Digested, Member, members
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -150,9 +150,10 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     done = recorded(progress)
     scans = in_order(scan_or_say, [place for place in places if place not in done], workers)
     shards, without, bad, notes = [], 0, [], Notes()
-    with progress.open("w") as record:
+    with progress.open("w") as record, Progress(f"index {out}", len(places), unit="shards") as bar:
         record.writelines(json.dumps([asdict(shard), *rest]) + "\n" for shard, *rest in done.values())
-        for place, table in zip(tqdm(places, unit="shard", desc=f"index {out}"), index_names(places), strict=True):
+        for place, table in zip(places, index_names(places), strict=True):
+            bar.update(1)
             if place in done:
                 shard, lacking, unused = done[place]
             elif isinstance(found := next(scans), str):

@@ -10,15 +10,29 @@ EVERY = 5.0  # seconds between JSON lines
 
 
 class Progress:
-    """Counts images and bytes. `before`: images that an earlier start had already done; they do not count for speed."""
+    """Counts images (or what `unit` says) and bytes; as a context manager it is closed at the end.
 
-    def __init__(self, title: str, total: int, before: int = 0):
-        self.title, self.total, self.before = title, total, before
+    `before`: images that an earlier start had already done; they do not count for speed.
+    """
+
+    def __init__(self, title: str, total: int, before: int = 0, unit: str = "images"):
+        self.title, self.total, self.before, self.unit = title, total, before, unit
         self.images, self.bytes = 0, 0
         self.start = self.said = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=before, unit="img", desc=title, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=before, unit=unit[:-1], desc=title, dynamic_ncols=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, count: int) -> None:
+        """So many more; shown when it is time to."""
+        self.add(count, 0)
+        self.tick()
 
     def add(self, images: int, num_bytes: int) -> None:
         self.images += images
@@ -30,7 +44,8 @@ class Progress:
         """Call often: shows when it is time to."""
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.bytes / 1e6 / max(now - self.start, 1e-9):.1f} MB/s", refresh=True)
+            if self.bytes:
+                self.bar.set_postfix_str(f"{self.bytes / 1e6 / max(now - self.start, 1e-9):.1f} MB/s", refresh=True)
         elif now - self.said >= EVERY:
             self._line(now)
 
@@ -47,11 +62,11 @@ class Progress:
         left = self.total - self.before - self.images
         line = {
             "doing": self.title,
-            "images": self.before + self.images,
+            self.unit: self.before + self.images,
             "of": self.total,
             "seconds": round(seconds, 1),
-            "images_per_s": round(speed, 1),
-            "mb_per_s": round(self.bytes / 1e6 / seconds, 2),
+            f"{self.unit}_per_s": round(speed, 1),
+            **({"mb_per_s": round(self.bytes / 1e6 / seconds, 2)} if self.bytes else {}),
             "eta_s": round(left / speed, 1) if speed else None,
         }
         print(json.dumps(line), file=sys.stderr, flush=True)

@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mae_dist.shards import remote
 from mae_dist.shards.encoded import MAX_PIXELS, decode_all, open_image
 from mae_dist.shards.index import Sample, samples
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.processes import in_order
+from mae_dist.shards.progress import Progress
 from mae_dist.shards.tar import BadTar, Digested, members
 
 Row = tuple[int, int, int]
@@ -45,7 +45,7 @@ def verify(manifest: Manifest, workers: int = 1, max_pixels: int = MAX_PIXELS) -
     `max_pixels`: of an image, as `data.max_pixels` will be in training.
     """
     hashes, count = [], len(manifest.shards)
-    with tqdm(total=manifest.num_samples, unit="img", desc="verify", dynamic_ncols=True) as bar:
+    with Progress("verify", manifest.num_samples) as bar:
         found = in_order(partial(check_shard, manifest, max_pixels), range(count), workers)
         for shard, checked in zip(manifest.shards, found, strict=True):
             bar.update(shard.count)

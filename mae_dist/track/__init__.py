@@ -1,9 +1,15 @@
 """What people look at: the journal, MLflow, review pictures. Importing this is cheap (no mlflow, no torch)."""
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mae_dist.errors import UserError
 from mae_dist.ranges import check_numbers
+from mae_dist.urls import masked
+
+VARIABLES = {"tracking_uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
+NOT_OURS = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 
 
 @dataclass(frozen=True)
@@ -13,14 +19,28 @@ class TrackConfig:
     mlflow: bool = True
     """Copy the journal to MLflow while the run goes on."""
     experiment: str = "mae_dist"
-    """Name of the MLflow experiment. Where MLFLOW_EXPERIMENT_NAME is set, that one is used instead."""
+    """Name of the MLflow experiment; MLFLOW_EXPERIMENT_NAME may say it instead."""
     tracking_uri: str | None = None
-    """null: MLFLOW_TRACKING_URI, else a sqlite file in the runs directory. Where both are set, the environment wins."""
+    """Where MLflow stores; null: MLFLOW_TRACKING_URI, else a sqlite file in the runs directory."""
     close_timeout: float = 30.0
     """Seconds that the end of a run waits for MLflow to catch up."""
 
     RANGES: ClassVar = {"close_timeout": "[0, 1e9]"}
 
     def check(self) -> None:
-        """Raise UserError naming what is out of its range."""
+        """Raise UserError naming what is out of its range, and a variable of MLflow's that says something else."""
         check_numbers(self, "track.")
+        if not self.mlflow:
+            return
+        for name in NOT_OURS:
+            if os.environ.get(name):
+                raise UserError(
+                    f"{name}: is set, but every run has an MLflow run of its own, in an experiment found by its name; "
+                    "unset it and write MLFLOW_EXPERIMENT_NAME or --track.experiment NAME"
+                )
+        for key, name in VARIABLES.items():
+            said, ours = os.environ.get(name), getattr(self, key)
+            if said and ours not in (said, getattr(TrackConfig, key)):
+                raise UserError(
+                    masked(f"track.{key}: {ours}, but {name} is {said}; unset the variable, or leave the key out")
+                )

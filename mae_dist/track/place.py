@@ -3,14 +3,15 @@
 import getpass
 import os
 import shlex
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from mae_dist.track import journal, state
+from mae_dist.track import TrackConfig, journal, state
 
 PARENT = "mae_dist.parent_dir"  # tag: the directory of the run that this one belongs to; nested under it in MLflow
 ENVIRONMENT = {  # MLflow's own defaults block a call for four minutes when a server is down
@@ -57,16 +58,52 @@ def user() -> str:
         return str(os.getuid())
 
 
+def how_to_watch(directory: Path | str, track: TrackConfig) -> str:
+    """What to type and what to open to see the runs of an experiment as trainings, in one line.
+
+    `directory`: one run's, or that of all runs. MLflow's number of the experiment is looked up in a sqlite file; what
+    would take a server to answer is left to the reader.
+    """
+    command = ui_command(directory, track.tracking_uri)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or track.experiment
+    if not command.startswith("mlflow ui"):
+        return f"{command}/#/experiments (choose {name}, then Model training)"
+    number = experiment_number(runs_uri(directory, track.tracking_uri), name)
+    page = f"http://127.0.0.1:5000/#/experiments/{number}/runs?workflowType=machine_learning"
+    return f"{command}    then open {page if number else 'http://127.0.0.1:5000'}"
+
+
+def experiment_number(uri: str, name: str) -> str:
+    """The id of an experiment in a sqlite file, or the one it will have there; "" for another kind of store."""
+    if not uri.startswith("sqlite:///"):
+        return ""
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if not file.exists():
+        return "1"  # MLflow makes 0, its own "Default", with the file
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=1)) as store:
+            found = store.execute("select experiment_id from experiments where name = ?", [name]).fetchone()
+            last = store.execute("select max(experiment_id) + 1 from experiments").fetchone()
+    except sqlite3.Error:
+        return ""
+    return str((found or last)[0])
+
+
 def ui_command(directory: Path | str, configured: str | None = None) -> str:
     """What to type to see the runs: a command, or the address of the server.
 
     `directory`: one run's, or that of all runs. `configured`: the config's tracking_uri. Passwords are left out.
     """
-    path = Path(directory).resolve()
-    is_run = any((path / name).exists() for name in (journal.FILE_NAME, state.FILE_NAME, "config.yaml"))
-    uri = tracking_uri(path.parent if is_run else path, configured)
+    uri = runs_uri(directory, configured)
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     shown = '"$MLFLOW_TRACKING_URI"' if parts.password else shlex.quote(uri)
     return f"mlflow ui --backend-store-uri {shown}"
+
+
+def runs_uri(directory: Path | str, configured: str | None) -> str:
+    """Where MLflow keeps a run, or all runs, of this directory."""
+    path = Path(directory).resolve()
+    is_run = any((path / name).exists() for name in (journal.FILE_NAME, state.FILE_NAME, "config.yaml"))
+    return tracking_uri(path.parent if is_run else path, configured)

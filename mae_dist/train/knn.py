@@ -17,6 +17,7 @@ from mae_dist.model.nearest import knn_right
 from mae_dist.shards.order import SampleOrder
 from mae_dist.track.journal import Journal
 from mae_dist.train import validate
+from mae_dist.train.progress import say
 
 IMAGES, NEIGHBOURS = 10_000, 20  # at most so many training images vote, and held-out images are classified
 KNN_STREAM = 0x6B6E6E
@@ -66,6 +67,7 @@ class KnnWatch:
         accuracy = self.accuracy(engine, stop)
         if journal and accuracy is not None:
             journal.write({"kind": "metrics", "step": step, "metrics": {KNN: accuracy}})
+            say(f"step {step}: k-NN accuracy (k={NEIGHBOURS}) {accuracy:.1%}")
 
     @torch.no_grad()
     def accuracy(self, engine: Engine, stop: Callable[[], int] = lambda: 0) -> float | None:

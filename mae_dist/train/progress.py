@@ -13,6 +13,11 @@ def duration(seconds: float) -> str:
     return f"{s}s"
 
 
+def say(text: str) -> None:
+    """A line of its own between those that are rewritten in place."""
+    print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+
+
 class Progress:
     """`start` and `total`: updates done and to do."""
 

@@ -21,6 +21,7 @@ from mae_dist.errors import Ended, UserError
 from mae_dist.model import MAE
 from mae_dist.model.sizes import check_fits
 from mae_dist.track.journal import read
+from mae_dist.track.place import how_to_watch
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
@@ -252,6 +253,8 @@ def describe(run: Run) -> None:
         + (f"; resumed at step {run.start}" if run.start else ""),
         flush=True,
     )
+    if config.track.mlflow:
+        print(f"MLflow: {how_to_watch(config.train.runs_dir, config.track)}", flush=True)
 
 
 def git_commit() -> str | None:

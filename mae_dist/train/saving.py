@@ -22,6 +22,7 @@ from mae_dist.launched import STOP_SIGNALS
 from mae_dist.track.journal import Journal
 from mae_dist.train.checkpoint import Checkpoints, Share
 from mae_dist.train.health import TrainingDiverged, go_back
+from mae_dist.train.progress import say
 
 RETRY = 60.0  # seconds after a save that failed, until the next log step that tries again
 PATIENCE = 600.0  # seconds from the end of rank 0's own files to the end of the slowest rank's
@@ -168,6 +169,8 @@ class Saver:
             self._failed(write.step)
         else:
             self._note(write.step, {"perf/save_s": write.seconds, "perf/checkpoint_mb": write.bytes / 1e6})
+            if self.world.is_main:
+                say(f"step {write.step}: checkpoint saved, {write.bytes / 1e6:.1f} MB in {write.seconds:.1f} s")
 
     def _failed(self, step: int) -> None:
         """Say that the checkpoint of `step` is not there, `why`; soon there is another try."""

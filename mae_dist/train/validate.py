@@ -15,6 +15,7 @@ from mae_dist.model.masking import num_kept, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.track.journal import Journal
 from mae_dist.track.review import Album, reconstruction_grid
+from mae_dist.train.progress import say
 
 PICTURED = 12  # images in a reconstruction grid
 GREY = 127
@@ -52,6 +53,7 @@ class Validation:
                 return
             if journal:
                 journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
+                say(f"step {step}: validation loss {loss:.4f}")
         self.draw(step, engine, journal)
 
     @torch.no_grad()
