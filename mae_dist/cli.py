@@ -64,6 +64,8 @@ def shard(arguments: Sequence[str]) -> int:
     number("--max-pixels", type=whole(1), default=MAX_PIXELS,
            help="an image may have, as data.max_pixels in training (%(default)s)")  # fmt: skip
     parser.add_argument("--exif-rotate", action="store_true", help="turn pixels upright (the official loader does not)")
+    parser.add_argument("--all-suffixes", action="store_true",
+                        help="take what begins as an image does, whatever it is called (.gif, none)")  # fmt: skip
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="shards I, I + N, ... only, I from 0")
     parser.add_argument("--ray", default="", metavar="ADDRESS", help="work on a Ray cluster (auto, or HOST:PORT)")
     parser.add_argument("--aside", metavar="DIR", help="where shards for a remote OUT are made (NAME.partial here)")
@@ -75,6 +77,7 @@ def shard(arguments: Sequence[str]) -> int:
     if dry:
         return shard_dry_run(given, ranks, loaders)
     from mae_dist.shards.write import shard as write
+    from mae_dist.shards.write import summary
 
     manifest = write(**given)
     if manifest is None:
@@ -85,6 +88,8 @@ def shard(arguments: Sequence[str]) -> int:
         f"{given['out']}: {manifest.num_samples} images, {len(manifest.classes)} classes, "
         f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
     )
+    if text := summary(given["out"]):
+        print(text)
     return 0
 
 
@@ -93,10 +98,10 @@ def index(arguments: Sequence[str]) -> int:
         "mae-dist index",
         "Make a manifest and indexes for WebDataset shards made elsewhere; the shards stay as they are.",
         "  mae-dist index 'https://host/train-{0000..1023}.tar' --out /data/imagenet-index\n"
-        "  mae-dist index '/data/imagenet-wds/train-{0000..1023}.tar'",
+        "  mae-dist index /data/imagenet-wds",
     )
-    parser.add_argument("urls", nargs="+", help="tars, or patterns such as 'https://host/train-{0000..1023}.tar': "
-                        "local, any fsspec URL, or 'pipe:COMMAND'")  # fmt: skip
+    parser.add_argument("urls", nargs="+", help="tars, a directory of tars, or patterns such as 'DIR/*.tar' or "
+                        "'https://host/train-{0000..1023}.tar': local, any fsspec URL, or 'pipe:COMMAND'")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the manifest (the directory of local tars)")
     parser.add_workers()
     parser.add_argument(
@@ -108,10 +113,8 @@ def index(arguments: Sequence[str]) -> int:
     made = make(given.urls, given.out, given.workers, given.max_bad)
     manifest, size = made.manifest, sum(s.num_bytes for s in made.manifest.shards)
     print(f"{manifest.directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, {size / 1e6:.1f} MB")
-    if made.without_image:
-        print(f"left out: {made.without_image} samples without an image")
-    for line in (*made.notes.lines(), *made.bad):
-        print(f"left out: {line}")
+    for line in (*made.notes.lines(), *(f"left out: {bad}" for bad in made.bad)):
+        print(line)
     return 0
 
 
@@ -164,15 +167,17 @@ def info(arguments: Sequence[str]) -> int:
 
 def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
     from mae_dist.shards.estimate import estimate
-    from mae_dist.shards.write import make_recipe
+    from mae_dist.shards.write import make_recipe, place_of, refuse_inside
 
-    names = ("images", "labels", "shard_size", "seed", "resize", "quality", "exif_rotate")
-    expected = estimate(make_recipe(**{name: given[name] for name in names}), given["workers"])
+    names = ("images", "labels", "shard_size", "seed", "resize", "quality", "exif_rotate", "max_pixels", "all_suffixes")
+    recipe = make_recipe(**{name: given[name] for name in names})
+    refuse_inside(recipe, place_of(given["out"], given["aside"]))
+    expected = estimate(recipe, given["workers"])
     print(expected.text(given["workers"]))
     for line in expected.bad:
         print(f"unreadable: {line}")
     for line in expected.notes:
-        print(f"left out: {line}")
+        print(line)
     if warning := expected.warning(ranks, loaders, given["shard_size"]):
         print(warning)
     return 0

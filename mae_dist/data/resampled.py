@@ -25,9 +25,10 @@ from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
 from mae_dist.launched import leave_signals_to_parent
 from mae_dist.shards import remote
-from mae_dist.shards.index import IMAGE_SUFFIXES, expand
 from mae_dist.shards.labels import member_label
+from mae_dist.shards.patterns import places
 from mae_dist.shards.prefetch import Course
+from mae_dist.shards.samples import SUFFIXES
 
 AHEAD = 4  # batches that each worker makes ahead of need
 BUFFER = 1000  # encoded samples that a worker shuffles
@@ -65,7 +66,7 @@ class Patience:
         if self.in_row > GIVE_UP:
             raise UserError(
                 f"data.shards: {self.pattern}: no image in the last {GIVE_UP} shards and samples ({self.last}); "
-                f"the shards must hold {', '.join(IMAGE_SUFFIXES)}"
+                f"the shards must hold {', '.join(SUFFIXES)}"
             )
 
 
@@ -90,7 +91,7 @@ def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Ite
     files = tar_file_expander(streams(), handler=patience)
     samples = group_by_keys(files, handler=patience)
     for sample in samples if seed is None else shuffle(BUFFER, seed=seed)(samples):
-        data = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
         if data is None:
             patience.lose()
         else:
@@ -102,7 +103,7 @@ class ResampledSource:
 
     def __init__(self, config: DataConfig, channels: int):
         self.pattern, self.channels, self.config = config.shards or "", channels, config
-        self.urls = expand(self.pattern)
+        self.urls = places([self.pattern])
         self.epoch_size = config.epoch_size or 1
         self.digest = "resampled-" + hashlib.sha256(self.pattern.encode()).hexdigest()[:16]
         self._pictures: list[tuple[NDArray[np.uint8], int]] = []

@@ -20,7 +20,7 @@ from mae_dist.model import MAE
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache
 from mae_dist.shards.mirror import load_manifest
-from mae_dist.shards.tars import is_image
+from mae_dist.shards.samples import is_image
 from mae_dist.track.review import picture_grid
 from mae_dist.train.validate import first_images, grey_out
 

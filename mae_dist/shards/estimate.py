@@ -28,7 +28,7 @@ class Estimate:
     """Of all shards."""
     seconds: float
     bad: list[str]
-    """Unreadable images among the sample, and tars that are cut short."""
+    """Unreadable images among the sample, and what is wrong with the input's files themselves."""
     notes: list[str]
     """What of the input is not used."""
 
@@ -57,7 +57,7 @@ class Estimate:
 def estimate(recipe: Recipe, workers: int) -> Estimate:
     """List all images, convert a few. Raises UserError as `shard` would."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = recognise(recipe.images, bool(recipe.labels))
+        source = recognise(recipe.images, bool(recipe.labels), recipe.all_suffixes)
         pieces = source.pieces(partial(in_order, workers=workers))
         plan = make_plan(Path(scratch), recipe, source, pieces)
         sizes, seconds, bad = measure(plan, np.arange(min(SAMPLE, plan.count)))

@@ -4,24 +4,38 @@ Class folders, one flat directory, ILSVRC's tars as downloaded, webdataset tars,
 lies in tars and parquet files is addressed there (file, offset, length; file, row group, row), never unpacked to disk.
 """
 
-import glob
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mae_dist.errors import UserError
-from mae_dist.shards.tars import SUFFIXES, Piece, find_ranges, is_image, scan_tar
+from mae_dist.shards.folders import (
+    has_images,
+    kind_of,
+    list_directory,
+    only_once,
+    scan_flat,
+    scan_folder,
+    takes,
+)
+from mae_dist.shards.notes import Notes, other_files
+from mae_dist.shards.patterns import local_files
+from mae_dist.shards.samples import SUFFIXES, is_image
+from mae_dist.shards.tars import Piece, find_ranges, scan_tar
 
 # In the names of files; a folder has to be called exactly so.
-SPLITS = [re.compile(word, re.IGNORECASE) for word in (r"train", r"validation|(?<![a-z])val(?:id)?(?![a-z])", r"test")]
+SPLITS = [
+    re.compile(rf"(?<![a-z])(?:{words})(?:set)?(?![a-z])", re.IGNORECASE)
+    for words in ("train(?:ing)?", "val(?:id|idation)?|dev|eval(?:uation)?|held_?out", "test(?:ing)?")
+]
 OPEN_FILES = 256  # tars kept open by a process; a shard may draw from all of them
+BESIDE_DATA = "folders beside data/"
+COMPRESSED_TAR = re.compile(r".*\.(tar\.\w+|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
 Mapper = Callable[[Callable[[Any], Piece], Sequence[Any]], Iterable[Piece]]
 
 
@@ -36,66 +50,121 @@ class Input:
     scan: Callable[[Any], Piece]
     jobs: Sequence[Any]
     """`scan(job)` for each job, in this order, gives all the images. Jobs may run in any process."""
+    notes: Notes = field(default_factory=Notes)
+    """What is left out already."""
 
     def pieces(self, mapper: Mapper = map) -> Iterator[Piece]:
-        yield from mapper(self.scan, self.jobs)
+        """All images. Raises UserError as the jobs do, and for a directory that two of them lead to."""
+        seen: dict[tuple[int, int], str] = {}
+        for piece in mapper(self.scan, self.jobs):
+            for identity, folder in piece.folders.items():
+                if first := seen.get(identity):
+                    raise UserError(
+                        f"{self.root}: {first} and {folder} are one directory (a link leads there), and its images "
+                        "would be taken twice; remove the link"
+                    )
+            seen |= piece.folders
+            yield piece
 
 
-def recognise(images: str, has_labels: bool = False) -> Input:
+def recognise(images: str, has_labels: bool = False, all_suffixes: bool = False) -> Input:
     """What `images` is: a directory, a tar, a parquet file, or a glob pattern of tars or parquet files.
 
-    Raises UserError when there are no images, when layouts are mixed, or when a directory holds several splits.
+    `all_suffixes`: files that begin as an image does are images, whatever they are called. Raises UserError when there
+    are no images, when layouts are mixed, or when a directory holds several splits.
     """
     path = Path(images)
-    if path.is_dir():
-        found = _directory(path)
-    else:
-        files = [path] if path.is_file() else sorted(map(Path, glob.glob(images)))  # noqa: PTH207
-        if not files:
-            raise UserError(f"{images}: no such directory or file; write the directory that holds the images")
-        kinds = {file.suffix for file in files}
-        if kinds == {".tar"}:
-            found = _tars(files)
-        elif kinds == {".parquet"}:
-            found = _parquet(files)
-        else:
-            raise UserError(f"{images}: not a directory, not .tar and not .parquet; compressed tars must be unpacked")
+    try:
+        found = _directory(path, all_suffixes) if path.is_dir() else _files_of(images, all_suffixes)
+    except OSError as error:
+        raise UserError(f"{error.filename or images}: cannot be read: {error.strerror}") from error
     if has_labels and (found.kind != "flat" or len(found.containers) > 1):
         raise UserError(f"--labels is for one flat directory or one tar of images, and {images} is neither")
     return found
 
 
-def _directory(path: Path) -> Input:
-    files, folders = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if not entry.name.startswith("."):
-                (folders if entry.is_dir() else files).append(entry.name)
-    flat, tars = sorted(filter(is_image, files)), [path / name for name in sorted(files) if name.endswith(".tar")]
-    folders.sort()
-    parquet = [path / name for name in sorted(files) if name.endswith(".parquet")]
-    if not flat and not tars and not parquet and "data" in folders:
-        parquet = sorted((path / "data").glob("*.parquet"))  # how Hugging Face lays out a repository
-        folders = [] if parquet else folders
+def _files_of(images: str, all_suffixes: bool) -> Input:
+    files = [Path(name) for name in local_files(images)]
+    if missing := next((file for file in files if not os.path.lexists(file)), None):
+        raise UserError(f"{missing}: no such directory or file; write the directory that holds the images")
+    if odd := next((file for file in files if not file.is_file()), None):
+        raise UserError(f"{odd}: {kind_of(odd)}, not a file")
+    kinds = {file.suffix.lower() for file in files}
+    if kinds == {".tar"}:
+        return _tars(files, Notes(), all_suffixes)
+    if kinds == {".parquet"}:
+        return _parquet(files, Notes())
+    raise UserError(f"{images}: not a directory, not .tar and not .parquet; compressed tars must be unpacked")
+
+
+def _directory(path: Path, all_suffixes: bool) -> Input:
+    notes = Notes()
+    files, folders = list_directory(path, notes)
+    tars = [name for name in files if name.lower().endswith(".tar")]
+    described = {Path(name).stem for name in tars} | set(folders)  # img2dataset writes a parquet of notes for each
+    parquet = [name for name in files if name.lower().endswith(".parquet") and Path(name).stem not in described]
+    held = {*tars, *parquet}
+    rest = [name for name in files if name not in held]
+    if packed := next((name for name in rest if tars and COMPRESSED_TAR.fullmatch(name)), None):
+        raise UserError(f"{path / packed}: compressed, and cannot be read in place; unpack it, or move it away")
+    flat = [name for name in rest if takes(path / name, all_suffixes)]
+    for name in sorted({*rest} - {*flat}):
+        notes.add(other_files(Path(name).suffix[1:]), str(path / name))
+    if not flat and not held and "data" in folders and holds_parquet(path / "data"):
+        below = _directory(path / "data", all_suffixes)  # how Hugging Face lays out a repository
+        for name in folders:
+            if name != "data":
+                notes.add(BESIDE_DATA, str(path / name))
+        below.notes.update_from(notes)
+        return below
     if parquet or tars:
         if flat or folders or (parquet and tars):
             raise UserError(
                 f"{path}: images, folders, tars or parquet files side by side; write a pattern such as '{path}/*.tar'"
             )
-        one_split(path, parquet or tars)
-        return _parquet(parquet) if parquet else _tars(tars)
+        found = [path / name for name in parquet or tars]
+        one_split(path, found)
+        return _parquet(found, notes) if parquet else _tars(found, notes, all_suffixes)
     if flat and folders:
         raise UserError(
             f"{path}: {len(flat)} images beside {len(folders)} folders (such as {folders[0]}/); "
             "use class folders only, or one flat directory"
         )
     if flat:
-        return Input("flat", str(path), [], [], scan_flat, [flat])
+        return Input("flat", str(path), [], [], scan_flat, [flat], notes)
     if folders:
         no_splits(path, folders)
-        jobs = [(str(path), name, label) for label, name in enumerate(folders)]
-        return Input("class folders", str(path), [], folders, scan_folder, jobs)
-    raise UserError(f"{path}: no images here; looked for {', '.join(sorted(SUFFIXES))}, class folders, .tar, .parquet")
+        numbered = of_img2dataset(path, folders, files)
+        kind, classes = ("img2dataset's folders", []) if numbered else ("class folders", folders)
+        jobs = [(str(path), name, -1 if numbered else label) for label, name in enumerate(folders)]
+        return Input(kind, str(path), [], classes, partial(scan_folder, all_suffixes=all_suffixes), jobs, notes)
+    seen = f" ({'; '.join(notes.lines())})" if notes else ""
+    looked = f"looked for {', '.join(f'.{suffix}' for suffix in SUFFIXES)}, class folders, .tar, .parquet"
+    raise UserError(f"{path}: no images here{seen}; {looked}")
+
+
+def holds_parquet(folder: Path) -> bool:
+    return any(name.lower().endswith(".parquet") for name in list_directory(folder, Notes())[0])
+
+
+def of_img2dataset(path: Path, folders: Sequence[str], files: Sequence[str]) -> bool:
+    """Whether the folders are img2dataset's, which are numbered as they come and no classes.
+
+    Beside them, or beside each image, lie its notes. Raises UserError when only some of the folders are.
+    """
+    notes = {name.removesuffix("_stats.json").removesuffix(".parquet") for name in files}
+    numbered = [name for name in folders if re.fullmatch(r"\d{5,}", name)]
+    if not numbered or not (numbered[0] in notes or has_notes(path / numbered[0])):
+        return False
+    if others := sorted(set(folders) - set(numbered)):
+        raise UserError(f"{path}: {numbered[0]}/ is img2dataset's, and {others[0]}/ beside it is not; move one of them")
+    return True
+
+
+def has_notes(folder: Path) -> bool:
+    """Whether an image in it has a `.json` beside it."""
+    names = set(list_directory(folder, Notes())[0])
+    return any(f"{Path(name).stem}.json" in names for name in names if is_image(name))
 
 
 def one_split(path: Path, files: Sequence[Path]) -> None:
@@ -117,15 +186,18 @@ def no_splits(path: Path, folders: Sequence[str]) -> None:
         )
 
 
-def has_images(folder: Path) -> bool:
-    return any(is_image(name) for _, _, files in os.walk(folder, followlinks=True) for name in files)
-
-
-def _tars(files: Sequence[Path]) -> Input:
-    ranges, classes = find_ranges(files)
+def _tars(files: Sequence[Path], notes: Notes, all_suffixes: bool) -> Input:
+    only_once(files)
+    ranges, classes, inside = find_ranges(files)
+    notes.update_from(inside)
     kind = "class tars" if classes else "flat" if len(files) == 1 else "tars"
-    classes = classes or _classes_beside(files[0].parent)
-    return Input(kind, "", [str(path.absolute()) for path in files], classes, scan_tar, ranges)
+    if not classes and files:
+        named = [(folder, _classes_beside(folder)) for folder in dict.fromkeys(file.parent for file in files)]
+        classes = named[0][1]
+        if other := next((folder for folder, names in named if names != classes), None):
+            raise UserError(f"{named[0][0]} and {other}: their classes are numbered differently; shard one at a time")
+    containers = [str(path.absolute()) for path in files]
+    return Input(kind, "", containers, classes, partial(scan_tar, all_suffixes=all_suffixes), ranges, notes)
 
 
 def _classes_beside(directory: Path) -> list[str]:
@@ -136,32 +208,13 @@ def _classes_beside(directory: Path) -> list[str]:
         return []
 
 
-def _parquet(files: Sequence[Path]) -> Input:
+def _parquet(files: Sequence[Path], notes: Notes) -> Input:
     from mae_dist.shards.parquet import class_names, scan_parquet  # pyarrow takes a second to import
 
+    only_once(files)
     jobs = list(enumerate(map(str, files)))
-    return Input("parquet", "", [str(f.absolute()) for f in files], class_names(files[0]), scan_parquet, jobs)
-
-
-def scan_flat(names: list[str]) -> Piece:
-    return _files(names, -1)
-
-
-def scan_folder(job: tuple[str, str, int]) -> Piece:
-    """All images under a class folder, however deep. Raises UserError when there are none."""
-    root, folder, label = job
-    names = []
-    for where, below, files in os.walk(Path(root, folder), followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        names += [Path(where, name) for name in files if is_image(name)]
-    if not names:
-        raise UserError(f"{root}/{folder}: a class folder without images; remove the folder or add its images")
-    return _files([str(path.relative_to(root)) for path in sorted(names)], label)
-
-
-def _files(names: list[str], label: int) -> Piece:
-    n = len(names)
-    return Piece(-1, names, np.tile(np.array([0, -1]), (n, 1)), np.full(n, label))
+    containers = [str(file.absolute()) for file in files]
+    return Input("parquet", "", containers, class_names(files[0]), scan_parquet, jobs, notes)
 
 
 class Reader:
@@ -172,11 +225,16 @@ class Reader:
         self._open = lru_cache(maxsize=OPEN_FILES)(partial(open, mode="rb", buffering=0))
 
     def read(self, container: int, origin: str, first: int, second: int) -> bytes:
-        """Raises OSError when a file has vanished or became shorter, ValueError when a parquet row has no bytes."""
+        """Raises OSError when a file has vanished or became shorter, ValueError for a FIFO, socket or device, and when
+        a parquet row has no bytes.
+        """
         if container < 0:
-            return Path(self.root, origin).read_bytes()
+            path = Path(self.root, origin)
+            if not path.is_file() and path.stat():  # looked at first: to open a FIFO is to wait for a writer
+                raise ValueError(f"{kind_of(path)}, not a file")
+            return path.read_bytes()
         path = self.containers[container]
-        if path.endswith(".parquet"):
+        if path.lower().endswith(".parquet"):
             from mae_dist.shards.parquet import read_cell
 
             return read_cell(path, first, second)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
 from mae_dist.shards.labels import as_label
-from mae_dist.shards.tars import is_image
+from mae_dist.shards.samples import is_image
 
 QUOTED = r'"(?:[^"]|"")*"|\'[^\']*\''
 PAIR = re.compile(rf"\s*({QUOTED}|.*?)\s+({QUOTED}|\S+)\s*")

@@ -1,12 +1,21 @@
 """What an input holds and shards do not: said by kind, with a count and the first of each, never passed over."""
 
+import re
 from collections.abc import Iterator, Mapping
+
+HIDDEN = "hidden files or folders"
+AGAIN = "folders that lead to one read already"
+WITHOUT_IMAGE = "samples without an image"
+EMPTY = "images of no bytes"
+DOTTED = "images with dots in their names, each one taken"
+SHOWN, KINDS = 20, 200
 
 
 class Notes(dict[str, tuple[int, str]]):
     """How often, and the first example, by kind; as JSON, an object of lists."""
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
+        kind = kind if kind in self or len(self) < KINDS else "files of further kinds"
         times, first = self.get(kind, (0, example))
         self[kind] = (times + count, first)
 
@@ -16,5 +25,25 @@ class Notes(dict[str, tuple[int, str]]):
 
     def lines(self) -> Iterator[str]:
         """For people, a line a kind."""
-        for kind, (count, example) in self.items():
-            yield f"{count} {kind}, such as {example}"
+        for kind, (count, example) in list(self.items())[:SHOWN]:
+            yield f"{'note' if kind == DOTTED else 'left out'}: {count} {kind}, such as {example}"
+        if len(self) > SHOWN:
+            rest = list(self.values())[SHOWN:]
+            yield f"left out: {sum(count for count, _ in rest)} of {len(rest)} more kinds, such as {rest[0][1]}"
+
+
+def suffix_kind(suffix: str) -> str:
+    """A suffix (without its dot in front) as it is counted: numbers, queries and what is none are of one kind each."""
+    word, query, _ = suffix.lower().partition("?")
+    word = re.sub(r"\d+", "N", word) if "." in word or word[:1].isdigit() else word
+    return f".{word}{'?...' if query else ''}" if re.fullmatch(r"[\w.-]{1,20}", word, re.ASCII) else "no suffix"
+
+
+def other_files(suffix: str) -> str:
+    """The kind of files that are left out by their suffix."""
+    return f"{suffix_kind(suffix)} files, by their suffix"
+
+
+def beside_image(suffix: str) -> str:
+    """The kind of files that belong to an image: masks, crops, another format."""
+    return f"{suffix_kind(suffix)} files beside the image of their sample"

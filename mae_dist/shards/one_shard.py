@@ -111,7 +111,7 @@ def fill(
             add(tar, f"{item.key}.{suffix}", data)
             if item.label >= 0:
                 add(tar, f"{item.key}.cls", str(item.label).encode())
-                add(tar, f"{item.key}.txt", plan.class_name(item.label).encode())
+                add(tar, f"{item.key}.txt", os.fsencode(plan.class_name(item.label)))
             tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
     file.flush()
     os.fsync(file.fileno())

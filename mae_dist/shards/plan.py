@@ -55,6 +55,8 @@ class Recipe:
     conversion: Conversion = field(default_factory=Conversion)
     pillow: str = PIL.__version__
     """Its version: another one may encode other bytes."""
+    all_suffixes: bool = False
+    """Take what begins as an image does, whatever it is called."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -64,6 +66,8 @@ class Recipe:
         recipe = asdict(self)
         if self.conversion.max_pixels == MAX_PIXELS:  # as recipes were before it could be chosen
             del recipe["conversion"]["max_pixels"]
+        if not self.all_suffixes:
+            del recipe["all_suffixes"]
         return json.dumps(recipe, indent=1) + "\n"
 
 
@@ -145,14 +149,15 @@ class Plan:
 
 def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[Piece]) -> Plan:
     """Write down all images of an input. Raises UserError when there are none, or when the labels file does not fit."""
-    ends, hashes, bad, notes = array("q"), array("q"), [], Notes()
+    ends, hashes, bad, notes = array("q"), array("q"), [], source.notes
     with (directory / "rows").open("wb") as rows, (directory / "names").open("wb") as names:
         for piece in pieces:
             bad += piece.bad
             notes.update_from(piece.notes)
             _append(piece, rows, names, ends, hashes)
     if not ends:
-        raise UserError(f"{recipe.images}: no images in it" + (f" ({bad[0]})" if bad else ""))
+        found = "; ".join((*bad[:1], *notes.lines()))
+        raise UserError(f"{recipe.images}: no images in it" + (f" ({found})" if found else ""))
     np.save(directory / "ends.npy", np.frombuffer(ends, dtype=np.int64))
     table = np.memmap(directory / "rows", np.int64, "r+", shape=(len(ends), COLUMNS))
     _mark_equal(np.frombuffer(hashes, dtype=np.int64), table[:, 4])

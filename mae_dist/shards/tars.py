@@ -1,9 +1,7 @@
 """Images inside tars that somebody else made: where each lies, so that it can be read without unpacking anything."""
 
 import re
-import tarfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -11,11 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
-from mae_dist.shards.labels import decide, said_in
-from mae_dist.shards.notes import Notes
+from mae_dist.shards.notes import HIDDEN, Notes
+from mae_dist.shards.samples import (
+    SUFFIXES,
+    File,
+    add_file,
+    is_hidden,
+    samples_of,
+    shows_image,
+    split_name,
+)
+from mae_dist.shards.samples import is_image as has_image_suffix
+from mae_dist.shards.tar import LABELS, BadTar, Member, Section, members
 
 WNID_TAR = re.compile(r"n\d{8}\.tar")  # ILSVRC's class tars, once taken out of the train tar
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
 class Piece(NamedTuple):
@@ -29,9 +36,12 @@ class Piece(NamedTuple):
     """(n, 2): offset and length in a tar; row group and row in a parquet file; (0, -1) for a whole file."""
     labels: NDArray[np.int64]
     """(n,), -1: none."""
-    bad: tuple[str, ...] = ()
+    bad: Sequence[str] = ()
+    """What could not be looked at or used, each with the reason."""
     notes: Notes = Notes()
     """What of it is not used."""
+    folders: dict[tuple[int, int], str] = {}  # noqa: RUF012
+    """The directories that were read, by device and inode."""
 
 
 class TarRange(NamedTuple):
@@ -45,103 +55,107 @@ class TarRange(NamedTuple):
     folder: str
     """Put before the members' names, as if they had been unpacked into a class folder."""
 
-
-def is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def find_ranges(files: Sequence[Path]) -> tuple[list[TarRange], list[str]]:
-    """What to scan, and the class names: those of class tars, in sorted order. Raises UserError for what is no tar."""
-    whole = [TarRange(i, str(path), 0, path.stat().st_size, -1, "") for i, path in enumerate(files)]
-    if all(WNID_TAR.fullmatch(path.name) for path in files):
-        names = sorted(path.stem for path in files)
-        return [r._replace(label=names.index(Path(r.path).stem), folder=Path(r.path).stem) for r in whole], names
-    if len(files) > 1:
-        return whole, []
-    try:
-        with tarfile.open(files[0], "r:") as tar:
-            first = tar.next()
-            if first is None or not first.name.endswith(".tar"):
-                return whole, []
-            members = sorted((m for m in tar if m.name.endswith(".tar")), key=lambda m: m.name)
-            end_mark(tar, files[0])
-    except tarfile.TarError as error:
-        raise UserError(f"{files[0]}: {error}; download it again (a compressed tar must be unpacked first)") from error
-    names = [PurePosixPath(m.name).stem for m in members]
-    ranges = [
-        TarRange(0, str(files[0]), m.offset_data, m.offset_data + m.size, label, name)
-        for label, (m, name) in enumerate(zip(members, names, strict=True))
-    ]
-    return ranges, names
+    @property
+    def name(self) -> str:
+        """For a message."""
+        return f"{self.path}: {self.folder}.tar" if self.folder and self.start else self.path
 
 
-def end_mark(tar: tarfile.TarFile, path: str | Path) -> None:
-    """Raises TarError when a tar just stops: `tarfile` takes one that is cut at a header for a shorter one."""
-    assert tar.fileobj
-    tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if block != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"cut short or damaged at byte {tar.offset}, no end-of-archive mark")  # type: ignore[attr-defined]
+def find_ranges(files: Sequence[Path]) -> tuple[list[TarRange], list[str], Notes]:
+    """What to scan, and the class names: those of class tars, in sorted order; and what is hidden beside those.
 
-
-def scan_tar(where: TarRange) -> Piece:
-    """The images of one tar, by name; labels as `mae-dist index` finds them (`decide`), or the range's own.
-
-    A tar that is cut short gives the images before the cut and one bad entry. Raises UserError for two images of one
-    name.
+    Raises UserError for what is no tar, and for tars beside images or beside tars of another kind.
     """
-    found: list[tuple[str, int, int]] = []
-    said: dict[str, dict[str, list]] = {"cls": {}, "json": {}}
-    inside = f"{where.path}: {where.folder}.tar" if where.folder else where.path
-    bad: tuple[str, ...] = ()
-    with open(where.path, "rb") as file:  # noqa: PTH123
-        file.seek(where.start)
+    whole = [TarRange(i, str(path), 0, path.stat().st_size, -1, "") for i, path in enumerate(files)]
+    if by_class := next((path for path in files if WNID_TAR.fullmatch(path.name)), None):
+        if other := next((path for path in files if not WNID_TAR.fullmatch(path.name)), None):
+            raise UserError(f"{other}: lies beside class tars such as {by_class.name}; move it, or write a pattern")
+        label = {name: i for i, name in enumerate(sorted({path.stem for path in files}))}
+        stems = [path.stem for path in files]
+        return [r._replace(label=label[s], folder=s) for r, s in zip(whole, stems, strict=True)], list(label), Notes()
+    return (whole, [], Notes()) if len(files) > 1 else _inside(whole[0])
+
+
+def _inside(outer: TarRange) -> tuple[list[TarRange], list[str], Notes]:
+    """The class tars of one tar, or itself when an image comes before any tar."""
+    notes, found = Notes(), {}
+    with open(outer.path, "rb") as file:  # noqa: PTH123
         try:
-            # Reads from where the file stands and counts offsets from the file's start: what a tar in a tar needs.
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.offset >= where.end:
-                        raise tarfile.ReadError(f"cut short before byte {where.end}")
-                    if member.isfile() and is_image(member.name):
-                        if member.offset_data + member.size > where.end:
-                            raise tarfile.ReadError(f"cut short inside {member.name}")
-                        found.append((member.name.removeprefix("./"), member.offset_data, member.size))
-                    elif (kind := label_kind(member.name, where)) and (content := tar.extractfile(member)):
-                        said[kind][sample_key(member.name)] = said_in(kind, content.read())
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
-                end_mark(tar, where.path)
-        except tarfile.TarError as error:
-            bad = (f"{inside}: {error}",)
+            for member in members(Section(file.fileno(), 0, outer.end), lambda name: False):
+                name = member.name.removeprefix("./")
+                if is_hidden(name):
+                    notes.add(HIDDEN, name)
+                elif has_image_suffix(name):
+                    if found:
+                        raise beside(outer, name)
+                    return [outer], [], Notes()
+                elif name.lower().endswith(".tar"):
+                    stem = PurePosixPath(name).stem
+                    if member.fault or stem in found:
+                        why = f"is {member.fault}" if member.fault else "has the name of another class tar in it"
+                        raise UserError(f"{outer.path}: {name} {why}; unpack it and give the directory")
+                    found[stem] = member
+        except BadTar as error:
+            if found:  # else scan_tar finds the same
+                raise UserError(f"{outer.path}: {error}; download it again") from error
+    if not found:
+        return [outer], [], Notes()
+    names = sorted(found)
+    ranges = [
+        TarRange(0, outer.path, found[name].offset, found[name].offset + found[name].size, label, name)
+        for label, name in enumerate(names)
+    ]
+    return ranges, names, notes
+
+
+def beside(where: TarRange, name: str) -> UserError:
+    return UserError(f"{where.name}: holds images beside tars (such as {name}); unpack it and give one kind of them")
+
+
+def scan_tar(where: TarRange, all_suffixes: bool = False) -> Piece:
+    """The images of one tar, by name; labels as `mae-dist index` finds them, or the range's own.
+
+    A tar that is cut short or damaged gives the images before that and one bad entry; so does each sample that cannot
+    be used. `all_suffixes`: take what begins as an image does, whatever it is called. Raises UserError for tars inside.
+    """
+    groups: dict[str, dict[str, File]] = {}
+    notes, bad, found = Notes(), [], []
+
+    def wanted(name: str) -> bool:
+        return name.lower().endswith(LABELS) or (all_suffixes and not has_image_suffix(name))
+
+    with open(where.path, "rb") as file:  # noqa: PTH123
+        try:
+            for member in members(Section(file.fileno(), where.start, where.end), wanted):
+                _take(member._replace(name=member.name.removeprefix("./")), where, groups, notes, bad, all_suffixes)
+        except BadTar as error:
+            bad.append(f"{where.name}: {error}; what lies behind that is not read")
+    for sample in samples_of(sorted(groups.items()), notes, where.label):
+        if sample.fault:
+            bad.append(f"{where.name}: {sample.fault}")
+        elif image := sample.image:
+            found.append((image.name, where.start + image.offset, image.size, sample.label))
+    if not found and not bad:
+        bad.append(f"{where.name}: holds no images ({', '.join(SUFFIXES)})")
     found.sort()
     folder = f"{where.folder}/" if where.folder else ""
-    names = [name for name, _, _ in found]
-    if twice := next((a for a, b in pairwise(names) if a == b), None):
-        raise UserError(
-            f"{inside}: holds {twice!r} twice; write the tar again with one of them, or unpack it (the last one stays) "
-            "and give the directory"
-        )
-    notes = Notes()
-
-    def label(key: str) -> int:
-        values = [value for kind in said.values() for value in kind.get(key, ())]
-        own = decide(values, f"{inside}: {key}", notes) if values or where.label < 0 else -1
-        return own if own >= 0 else where.label
-
-    places = np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 2)
-    numbers = np.array([label(sample_key(name)) for name in names], np.int64)
-    return Piece(where.container, [folder + name for name in names], places, numbers, bad, notes)
+    rows = np.array([row for _, *row in found], dtype=np.int64).reshape(-1, 3)
+    return Piece(where.container, [folder + name for name, *_ in found], rows[:, :2], rows[:, 2], bad, notes)
 
 
-def sample_key(name: str) -> str:
-    """What webdataset groups members by: the path up to the first dot of the file's name."""
-    path = PurePosixPath(name.removeprefix("./"))
-    return str(path.parent / path.name.split(".")[0])
-
-
-def label_kind(name: str, where: TarRange) -> str:
-    """`cls` or `json` for a member that may say a label; empty for others."""
-    if name.lower().endswith(".cls"):
-        return "cls"
-    # Only `KEY.json`, as index: `KEY.boxes.json` is about something else. A class tar's name is the better label.
-    return "json" if where.label < 0 and PurePosixPath(name).name.partition(".")[2].lower() == "json" else ""
+def _take(
+    member: Member, where: TarRange, groups: dict[str, dict[str, File]], notes: Notes, bad: list[str], look: bool
+) -> None:
+    """One file of a tar into the sample of its key."""
+    if is_hidden(member.name):
+        notes.add(HIDDEN, member.name)
+        return
+    if member.name.lower().endswith(".tar"):
+        raise beside(where, member.name)
+    is_label = member.name.lower().endswith(LABELS)
+    image = has_image_suffix(member.name) or (look and not is_label and shows_image(member.data or b""))
+    files = groups.setdefault(split_name(member.name)[0], {})
+    try:
+        add_file(files, member if is_label else member._replace(data=None), image)
+    except BadTar as error:
+        bad.append(f"{where.name}: {error}")

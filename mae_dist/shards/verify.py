@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from mae_dist.shards import remote
 from mae_dist.shards.encoded import MAX_PIXELS, decode_all, open_image
-from mae_dist.shards.index import Sample, samples
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
+from mae_dist.shards.samples import samples
 from mae_dist.shards.tar import BadTar, Digested, members
 
 Row = tuple[int, int, int]
@@ -78,13 +78,13 @@ def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
             digested = Digested(stream)
             for sample in samples(members(digested)):
                 keys.append(sample.key)
-                if sample.image is None:
+                if not sample.image or not sample.image.size:  # left out of the table
                     continue
-                row = (sample.image.offset, len(sample.image.data), sample.label)
+                row = (sample.image.offset, sample.image.size, sample.label)
                 if len(rows) < len(table) and table[len(rows)] != row:
                     say(sample.key, f"lies at (offset, length, label) {row}, its table says {table[len(rows)]}")
                 rows.append(row)
-                if what := undecodable(sample, max_pixels):
+                if sample.image.data is not None and (what := undecodable(sample.image.data, max_pixels)):
                     say(sample.key, what)
     except BadTar as error:
         say("", str(error))
@@ -102,12 +102,11 @@ def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
     return Checked(problems, np.array([hash_of(key) for key in keys], dtype=np.int64))
 
 
-def undecodable(sample: Sample, max_pixels: int = MAX_PIXELS) -> str:
+def undecodable(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
     """What is wrong with an image, after decoding all of it; empty when nothing is."""
-    assert sample.image
     try:
-        with open_image(sample.image.data, max_pixels) as image:
-            decode_all(image, sample.image.data)
+        with open_image(data, max_pixels) as image:
+            decode_all(image, data)
     except Exception as error:  # decoders raise what they like for bad bytes
         return f"unreadable image: {' '.join(str(error).split())}"
     return ""

@@ -5,6 +5,7 @@ OUT when it is whole. A start that finds a plan goes on with it; so do other mac
 """
 
 import glob
+import json
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ from mae_dist.errors import UserError
 from mae_dist.shards.convert import Conversion
 from mae_dist.shards.inputs import recognise
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard
+from mae_dist.shards.notes import Notes
 from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
@@ -29,6 +31,7 @@ from mae_dist.shards.publish import is_empty, make_directory, named, read_if_the
 from mae_dist.shards.remote import is_remote
 
 BAD_NAME, SHOWN = "bad_images.txt", 3  # what was unreadable, and how many of them an error names
+COUNTS_NAME = "counts.json"  # in OUT: what became of all that IMAGES holds
 RECIPE_NAME = "recipe.json"  # in OUT: what made it, and how a late start knows that it is done
 
 
@@ -94,8 +97,20 @@ def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
 def make_recipe(images: str | Path, labels: str | Path | None = None, **settings: Any) -> Recipe:
     """Recipe of absolute paths; `settings`: its other fields and those of Conversion. Raises UserError for bad ones."""
     how = {key: settings.pop(key) for key in ("resize", "quality", "exif_rotate", "max_pixels") if key in settings}
+    if is_remote(str(images)):
+        raise UserError(
+            f"{images}: images are sharded from a local or mounted disk; for shards that lie elsewhere: mae-dist index"
+        )
     absolute = [str(Path(path).absolute()) if path else None for path in (images, labels)]
     return Recipe(absolute[0] or "", absolute[1], conversion=Conversion(**how), **settings)
+
+
+def refuse_inside(wanted: Recipe, place: Place) -> None:
+    """Raises UserError when shards would be made among the images: another start would take them for some."""
+    images, made = Path(wanted.images), place.aside if place.remote else Path(place.out)
+    if images.is_dir() and made.resolve().is_relative_to(images.resolve()):
+        name = "--aside" if place.remote else "OUT"
+        raise UserError(f"{name} {made}: lies inside IMAGES, {images}; write a directory elsewhere")
 
 
 def shard(
@@ -119,6 +134,7 @@ def shard(
     if workers < 1 or max_bad < 0 or not 0 <= part[0] < part[1]:
         raise UserError(f"--workers {workers}, --max-bad {max_bad}, --part {part[0]}/{part[1]}: at least 1, 0, i < n")
     wanted, place = make_recipe(images, labels=recipe.pop("labels", None), **recipe), place_of(out, aside)
+    refuse_inside(wanted, place)
     if ray:
         find_ray(ray)
     if finished := _finished_before(place, wanted):
@@ -129,7 +145,7 @@ def shard(
         with place.lock(f"part-{part[0]}-of-{part[1]}", timeout=0):
             plan = prepare(place, wanted, workers)
             for line in plan.notes.lines():  # before the hours that writing takes
-                print(f"left out: {line}", flush=True)
+                print(line, flush=True)
             carry_out(place, plan, workers, max_bad, part, ray)
             return finish(place, plan, max_bad, part)
     except Timeout:
@@ -173,7 +189,7 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
                     directory.mkdir()
                 if place.remote:
                     make_directory(place.out)
-                source = recognise(wanted.images, bool(wanted.labels))
+                source = recognise(wanted.images, bool(wanted.labels), wanted.all_suffixes)
                 return make_plan(place.plan, wanted, source, source.pieces(partial(in_order, workers=workers)))
             except UserError:
                 place.remove()
@@ -230,7 +246,7 @@ def too_many_bad(place: Place, plan: Plan, part: tuple[int, int]) -> UserError:
         place.remove()
         return UserError(f"{first}; mend or remove it, or {advice}")
     listing = place.aside / BAD_NAME
-    listing.write_text("\n".join(bad) + "\n")
+    write_list(listing, bad)
     more = f"; all are in {listing}" if len(bad) > SHOWN else ""
     return UserError(
         f"{first}{more}; mend them, or {advice}: the same command then "
@@ -262,6 +278,21 @@ def finish(place: Place, plan: Plan, max_bad: int, part: tuple[int, int]) -> Man
         return manifest
 
 
+def write_list(path: Path, lines: Sequence[str]) -> None:
+    """A line each; names as the file system has them, but for line breaks."""
+    path.write_text("".join(line.replace("\n", "\\n") + "\n" for line in lines), "utf-8", "surrogateescape")
+
+
+def summary(out: str | Path) -> str:
+    """What became of all that IMAGES holds, in one line. `out`: complete, of this version."""
+    counts = json.loads(read_if_there(str(out), COUNTS_NAME) or "{}")
+    if not counts:
+        return ""
+    stored, bad = counts["stored"], counts["bad"]
+    named = f" + {bad} bad, listed in {BAD_NAME}" if bad else ""
+    return "; ".join((f"{stored + bad} images in = {stored} stored{named}", *Notes(counts["left_out"]).lines()))
+
+
 def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str]) -> Manifest:
     """All that lies in OUT beside the shards, and OUT. Done again, it does the same."""
     manifest = Manifest(place.shards, shards, plan.classes)
@@ -271,7 +302,9 @@ def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[st
         if path not in expected:
             path.unlink()  # half-written by a start that was killed
     if bad:
-        (place.shards / BAD_NAME).write_text("\n".join(bad) + "\n")
+        write_list(place.shards / BAD_NAME, bad)
+    counts = {"stored": manifest.num_samples, "bad": len(bad), "left_out": plan.notes}
+    (place.shards / COUNTS_NAME).write_text(json.dumps(counts, indent=1) + "\n")
     (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
     manifest.save()
     for path in set(place.shards.iterdir()) - expected:

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest, remote
 from mae_dist.shards import index as module
-from mae_dist.shards.index import expand, index, samples, scan
-from mae_dist.shards.tar import BadTar, Digested, members, number
+from mae_dist.shards.index import index, scan
+from mae_dist.shards.patterns import places
+from mae_dist.shards.samples import samples
+from mae_dist.shards.tar import BadTar, Digested, decimal, members, number
 from tests.conftest import mae_dist
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -69,10 +71,12 @@ def test_directories_links_and_long_names(form):
         info = tarfile.TarInfo(long)
         info.size = 5
         tar.addfile(info, io.BytesIO(b"image"))
-    assert [(m.name, m.data) for m in members(Digested(io.BytesIO(out.getvalue())))] == [(long, b"image")]
+    link, found = members(Digested(io.BytesIO(out.getvalue())))
+    assert (found.name, found.data) == (long, b"image")
+    assert link.name == "link.jpg" and f"symbolic link to '{'x' * 90}'" in link.fault
 
 
-FILES = [(f"{i:03d}.{suffix}", bytes([i]) * size) for i in range(4) for suffix, size in (("jpg", 700), ("cls", 1))]
+FILES = [(f"{i:03d}.{suffix}", b"%d" % i * size) for i in range(4) for suffix, size in (("jpg", 700), ("cls", 1))]
 
 
 def test_a_cut_at_any_byte_is_noticed():
@@ -102,13 +106,16 @@ def test_any_flipped_bit_of_any_header_is_noticed(header, byte, bit):
 
 def test_numbers_too_large_for_octal_digits():
     assert number(b"\x80" + (2**40).to_bytes(11)) == 2**40
-    assert number(b"0000017 \0") == number(b"17", base=10) - 2 == 15
+    assert number(b"0000017 \0") == decimal(b"17") - 2 == 15
+    for wrong in (b"-0000017", b"0o17", b"1_7", b"\xff" * 8):
+        with pytest.raises(BadTar, match="where a number belongs"):
+            number(wrong)
 
 
 def test_a_sparse_file_is_refused():
     info = tarfile.TarInfo("a.jpg")
     info.type = tarfile.GNUTYPE_SPARSE
-    with pytest.raises(BadTar, match="sparse file at byte 0"):
+    with pytest.raises(BadTar, match=r"'a\.jpg' is a sparse file"):
         read(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
 
 
@@ -144,29 +151,28 @@ def test_labels_and_images():
             ("b.json", b'{"label": 3, "cls": 4}'), ("b.jpeg", b"image"), ("b.png", b"other"),
             ("c.json", b'{"cls": 5}'), ("c.webp", b"image"),
             ("d.json", b"[1]"), ("d.jpg", b"image"),
-            ("e.cls", b"cat"), ("e.jpg", b"image"),
             ("f.json", b'{"label": 1}'), ("f.mask.png", b"no image of its own"),
         ])
     )  # fmt: skip
-    assert [(s.key, s.label) for s in found] == [("d/a", 7), ("b", 3), ("c", 5), ("d", -1), ("e", -1), ("f", 1)]
-    assert [s.image.data if s.image else None for s in found] == [b"image"] * 5 + [None]
+    assert [(s.key, s.label) for s in found] == [("d/a", 7), ("b", 3), ("c", 5), ("d", -1), ("f", -1)]
+    assert [s.image.data if s.image else None for s in found] == [b"image"] * 4 + [None]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "places"),
+    ("pattern", "expected"),
     [
         ("a-{08..11}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]),
         ("{a,b}-{0..1}.tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]),
         ("pipe:cat ${DIR}/{x}.tar", ["pipe:cat ${DIR}/{x}.tar"]),
     ],
 )
-def test_patterns(pattern, places):
-    assert expand(pattern) == places
+def test_patterns(pattern, expected):
+    assert [place.removeprefix(f"{Path.cwd()}/") for place in places([pattern])] == expected
 
 
 def test_a_backward_range_is_a_mistake():
     with pytest.raises(UserError, match=r"write \{3..5\}"):
-        expand("a-{5..3}.tar")
+        places(["a-{5..3}.tar"])
 
 
 @pytest.fixture
@@ -183,7 +189,7 @@ def test_indexing_our_own_shards_gives_our_own_index(shards, copy):
     again = Manifest.load(copy)
     assert done.manifest.shards == again.shards == ours.shards
     assert again.digest == ours.digest
-    assert done.without_image == 0
+    assert not done.notes
     for i in range(5):
         np.testing.assert_array_equal(np.load(again.index_path(i)), np.load(ours.index_path(i)))
     for name in ("wids.json", "_info.json", "sizes.json"):
@@ -254,7 +260,10 @@ def test_broken_shards_are_listed_or_left_out(copy):
     assert "train-00005.tar: cannot be read: FileNotFoundError" in last
     assert not (copy / "manifest.json").exists()
     done = mae_dist("index", pattern, "--workers", 2, "--max-bad", 3)
-    assert "26 images in 3 shards" in done.stdout and done.stdout.count("left out: ") == 3
+    assert (
+        "26 images in 3 shards" in done.stdout
+        and len([line for line in done.stdout.splitlines() if line.startswith("left out: ")]) == 3
+    )
     assert Manifest.load(copy).num_samples == 26
 
 

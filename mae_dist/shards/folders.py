@@ -1,0 +1,130 @@
+"""Image files in directories: every one found once, and nothing passed over without a count."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mae_dist.errors import UserError
+from mae_dist.shards.notes import AGAIN, DOTTED, HIDDEN, Notes, other_files
+from mae_dist.shards.samples import hidden_part, is_image, shows_image, split_name
+from mae_dist.shards.tars import Piece
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
+}
+
+
+def list_directory(path: Path, notes: Notes) -> tuple[list[str], list[str]]:
+    """Names of files and of directories in it, sorted; hidden ones are counted. Raises OSError."""
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if hidden_part(entry.name):
+                notes.add(HIDDEN, str(path / entry.name))
+            else:
+                (folders if is_directory(entry) else files).append(entry.name)
+    return sorted(files), sorted(folders)
+
+
+def is_directory(entry: os.DirEntry) -> bool:
+    """False for a link that leads nowhere, in a circle, or where nobody may look."""
+    with suppress(OSError):
+        return entry.is_dir()
+    return False
+
+
+def kind_of(path: Path) -> str:
+    """What lies there, for a message. Raises OSError."""
+    return KINDS.get(stat.S_IFMT(path.stat().st_mode), "a special file")
+
+
+def only_once(files: Iterable[Path]) -> None:
+    """Raises UserError for a file that two of the names lead to: its images would be taken twice."""
+    seen: dict[tuple[int, int], Path] = {}
+    for file in files:
+        with suppress(OSError):  # not there: others say it
+            status = file.stat()
+            if first := seen.get((status.st_dev, status.st_ino)):
+                raise UserError(f"{first} and {file}: one and the same file; name each once")
+            seen[status.st_dev, status.st_ino] = file
+
+
+def takes(path: Path, all_suffixes: bool) -> bool:
+    """Whether a file counts as an image: by its suffix, or (`all_suffixes`) by its first bytes."""
+    if is_image(path.name) or not all_suffixes:
+        return is_image(path.name)
+    with suppress(OSError):
+        return path.is_file() and shows_image(path.read_bytes())
+    return False
+
+
+def walk(folder: Path, notes: Notes, bad: list[str], seen: dict[tuple[int, int], str]) -> Iterator[tuple[Path, str]]:
+    """(directory, name) of every file below `folder`, links to directories followed, each directory read once.
+
+    `seen`: those read before, by device and inode; the others are added. What cannot be listed goes to `bad`.
+    """
+    todo = [folder]
+    while todo:
+        where = todo.pop()
+        try:
+            status = where.stat()
+            identity = status.st_dev, status.st_ino
+            if identity in seen:
+                notes.add(AGAIN, str(where))
+                continue
+            files, below = list_directory(where, notes)
+        except OSError as error:
+            bad.append(f"{where}: this directory cannot be read: {error.strerror}")
+            continue
+        seen[identity] = str(where)
+        todo += [where / name for name in reversed(below)]
+        yield from ((where, name) for name in files)
+
+
+def has_images(folder: Path) -> bool:
+    return any(is_image(name) for _, name in walk(folder, Notes(), [], {}))
+
+
+def scan_flat(names: list[str]) -> Piece:
+    return _files(names, -1, Notes())
+
+
+def scan_folder(job: tuple[str, str, int], all_suffixes: bool = False) -> Piece:
+    """All images under a class folder, however deep. Raises UserError when there are none."""
+    root, folder, label = job
+    notes, bad, names = Notes(), [], []
+    top = Path(root).stat()
+    above = {(top.st_dev, top.st_ino): root}
+    seen = dict(above)
+    for where, name in walk(Path(root, folder), notes, bad, seen):
+        if takes(where / name, all_suffixes):
+            names.append(os.path.relpath(where / name, root))
+        else:
+            notes.add(other_files(PurePosixPath(name).suffix[1:]), str(where / name))
+    if not names and not bad:
+        found = f" ({'; '.join(notes.lines())})" if notes else ""
+        raise UserError(f"{root}/{folder}: a class folder without images{found}; remove the folder or add its images")
+    names.sort(key=lambda name: name.split("/"))
+    piece = _files(names, label, notes)
+    return piece._replace(bad=bad, folders={key: path for key, path in seen.items() if key not in above})
+
+
+def _files(names: list[str], label: int, notes: Notes) -> Piece:
+    """A piece of these files; those that lie beside `x.jpg` as `x.seg.png` does are noted, as they may be no images."""
+    n = len(names)
+    parts = [(key, suffix) for key, suffix in map(split_name, names) if "." in suffix]
+    if parts:
+        whole = {key for key, suffix in map(split_name, names) if "." not in suffix}
+        for key, suffix in parts:
+            if key in whole:
+                notes.add(DOTTED, f"{key}.{suffix}")
+    return Piece(-1, names, np.tile(np.array([0, -1]), (n, 1)), np.full(n, label), notes=notes)
