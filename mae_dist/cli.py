@@ -289,10 +289,13 @@ def import_(arguments: Sequence[str]) -> int:
         parser.add_argument("--mask-ratio", type=ratio, metavar="R", help="it was trained with (0.75)"),
         parser.add_argument("--trained-size", dest="img_size", type=size, metavar="HxW",
                             help="pixels, when the positions are no square"),
+        parser.add_argument("--enc-name", metavar="NAME", help="the ViT of timm that it is (a plain one of its width)"),
     )  # fmt: skip
+    parser.add_argument("--any-eps", action="store_true", help="take weights whose config says another eps than 1e-6")
     given = vars(parser.parse_args(arguments))
     told = {action.dest: given[action.dest] for action in known if given[action.dest] is not None}
-    for note in import_run(given["file"], given["source"], given["out"], told, given["resize"]):
+    resize, any_eps = given["resize"], given["any_eps"]
+    for note in import_run(given["file"], given["source"], given["out"], told, resize, any_eps):
         print(note)
     print(given["out"])
     return 0

@@ -4,11 +4,9 @@ A config dataclass says them as `RANGES = {"mask_ratio": "(0, 1)", ...}`: a roun
 infinity are in no range. The upper ends are far beyond what is ever useful: they catch a slip of the finger.
 """
 
-import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from functools import lru_cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -78,18 +76,3 @@ def kinds_of(config: type, key: str) -> set[type]:
 def numeric_keys(config: type) -> list[str]:
     """The fields of a config dataclass that can hold a number."""
     return [f.name for f in dataclasses.fields(config) if {int, float} & kinds_of(config, f.name)]
-
-
-def number(kind: type, interval: str) -> Callable[[str], Any]:
-    """A `type=` of argparse: a number (`kind`: int or float) in an interval."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not within(value, interval):
-            raise argparse.ArgumentTypeError(f"{text}: write {wanted(value, interval, kind is int)}")
-        return value
-
-    return parse

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import re
 from itertools import cycle
+from typing import Any
 
 import pytest
 
@@ -12,7 +12,7 @@ from mae_dist.config import Config
 from mae_dist.errors import UserError
 from mae_dist.evaluate.knn import Question
 from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
-from mae_dist.ranges import ends, kinds_of, number, numeric_keys, within
+from mae_dist.ranges import ends, kinds_of, numeric_keys, within
 
 FLOATS = [math.nan, math.inf, -math.inf, 1e300, -1e300]
 WHOLE = [10**30, -(10**30), True, "three"]
@@ -30,18 +30,12 @@ def every_key():
 
 def refuse(section, made):
     """The message of the check that this section goes through."""
-    if isinstance(made, Question):
-        kind = None
-    else:
-        kind = next(kind for kind in KINDS if any(type(s) is type(made) for _, s in sections(kind)))
+    kind = next(kind for kind in KINDS if any(type(s) is type(made) for _, s in sections(kind)))
+    whole: Any = dataclasses.replace(kind(), **{section: made})
+    if section != "data":
+        whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, shards="x", val_shards="y"))
     with pytest.raises(UserError) as caught:
-        if kind is None:
-            made.check()
-        else:
-            whole = dataclasses.replace(kind(), **{section: made})
-            if section != "data":
-                whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, shards="x", val_shards="y"))
-            whole.check() if kind is Config else whole.check(3)
+        whole.check(*() if kind is Config else (3,))
     return str(caught.value)
 
 
@@ -73,15 +67,11 @@ def test_the_command_line_ends_in_one_line_or_a_sound_config():
 def test_a_number_in_its_range_is_taken():
     assert within(0.5, "(0, 1)") and not within(0, "(0, 1)") and not within(1, "[0, 1)") and within(0, "[0, 1)")
     assert not within(2**63, "[0, 9223372036854775807]") and within(2**63 - 1, "[0, 9223372036854775807]")
-    assert number(int, "[1, 5]")("3") == 3 and number(float, "(0, 1]")("1") == 1.0
-    for text in ("0", "6", "nan", "1.5", ""):
-        with pytest.raises(Exception, match=re.escape(f"{text}: write a whole number in [1, 5]")):
-            number(int, "[1, 5]")(text)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"ks": (0,)}, {"ks": (-1,)}, {"fraction": math.nan}, {"fraction": 0.0}, {"per_class": 0}, {"ks": ()}]
 )
 def test_what_knn_is_asked_has_ranges_too(wrong):
-    message = refuse("", Question(**wrong))
-    assert message.startswith(f"knn: {next(iter(wrong))}: ")
+    with pytest.raises(UserError, match=f"^knn: {next(iter(wrong))}: "):
+        Question(**wrong).check()

@@ -38,7 +38,7 @@ class Snapshot(NamedTuple):
     """`exp_avg.NAME`, `exp_avg_sq.NAME` of this rank's share; on rank 0 the counters too."""
     rank: int
     world_size: int
-    broken: str
+    broken: str = ""
     """The first tensor that is not finite, the same on every rank; empty when all are."""
 
     def write(self, directory: Path) -> list[Path]:

@@ -90,10 +90,15 @@ def card(checkpoint: Path, config: Config, to: str, name: str, notes: list[str])
 
 def timm_arguments(model: MAEConfig) -> str:
     """What `timm.create_model` must be told beside the weights."""
-    said = [f'"{model.enc_name}"', f"img_size={model.height_width}", f"patch_size={model.patch_size}"]
-    said += [f"in_chans={model.in_chans}"] * (model.in_chans != 3)
+    return ", ".join([f'"{model.enc_name}"', *(f"{key}={value}" for key, value in timm_sizes(model).items())])
+
+
+def timm_sizes(model: MAEConfig) -> dict[str, Any]:
+    """The sizes among them."""
+    said: dict[str, Any] = {"img_size": model.height_width, "patch_size": model.patch_size}
+    said |= {"in_chans": model.in_chans} if model.in_chans != 3 else {}
     sizes = {"embed_dim": model.enc_dim, "depth": model.enc_depth, "num_heads": model.enc_heads}
-    return ", ".join(said + [f"{key}={value}" for key, value in sizes.items() if value is not None])
+    return said | {key: value for key, value in sizes.items() if value is not None}
 
 
 def official_arguments(model: MAEConfig, whole: bool) -> str:

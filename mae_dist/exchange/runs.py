@@ -17,6 +17,7 @@ from mae_dist.local import make_directory, new_directory
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.positions import resized
 from mae_dist.model.sizes import check_fits, config_of, has_decoder
+from mae_dist.ranges import check_numbers
 from mae_dist.train.checkpoint import digest, write_meta
 from mae_dist.train.options import TrainConfig
 from mae_dist.train.resume import CONFIG_FILE
@@ -25,7 +26,12 @@ POSITIONS = {"encoder.pos_embed": "encoder", "dec_pos": "decoder"}
 
 
 def import_run(
-    path: Path, source: str, out: Path, known: Mapping[str, Any], img_size: int | tuple[int, int] | None = None
+    path: Path,
+    source: str,
+    out: Path,
+    known: Mapping[str, Any],
+    img_size: int | tuple[int, int] | None = None,
+    any_eps: bool = False,
 ) -> list[str]:
     """Make the run directory `out` from weights of another project; returns what the user should know, a line each.
 
@@ -34,7 +40,7 @@ def import_run(
     """
     if out.exists():
         raise UserError(f"{out}: exists already; write --out with a new run directory, such as {out}-2")
-    found = read(path, source)
+    found = read(path, source, any_eps)
     told = {**found.model, **known}
     try:
         config = config_of(found.state, told)
@@ -48,7 +54,9 @@ def import_run(
         config, lines = at_size(model, config, img_size)
         notes += lines
     data = found.data or ({} if config.in_chans == 3 else {"mean": (0.5,), "std": (0.5,)})
-    run = Config(config, DataConfig(**data), train=TrainConfig(name=out.name, runs_dir=str(out.parent)))
+    pixels = DataConfig(**data)
+    check_numbers(pixels, f"{path}: data.")
+    run = Config(config, pixels, train=TrainConfig(name=out.name, runs_dir=str(out.parent)))
     write(out, run, model, {"file": str(path), "layout": source})
     return notes
 

@@ -6,18 +6,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae_dist.config import Config
-from mae_dist.engine.state import WEIGHTS, load_tensors, save_tensors
+from mae_dist.engine.state import WEIGHTS, check_finite, load_tensors, save_tensors
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import check_weights, load_config, newest_of
-from mae_dist.exchange.card import card
+from mae_dist.exchange.card import card, timm_sizes
 from mae_dist.exchange.read import CONFIG_KEY
 from mae_dist.exchange.runs import at_size
 from mae_dist.local import make_directory, new_directory, new_file, write_file
 from mae_dist.model import MAEConfig
+from mae_dist.model.architecture import differences, plain
 from mae_dist.model.formats import ENCODER_ONLY, convert
 from mae_dist.model.mae import build_encoder
 
@@ -33,7 +35,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "official": Target("official", "model.pth", (".pth",)),
-    "official-encoder": Target("timm", "model.pth", (".pth",)),
+    "official-encoder": Target("official-encoder", "model.pth", (".pth",)),
     "timm": Target("timm", "model.safetensors", (".safetensors", ".pth")),
     "huggingface": Target("huggingface", "model.safetensors"),
     "huggingface-vit": Target("huggingface-vit", "model.safetensors"),
@@ -66,6 +68,8 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
     if img_size:
         model, notes = at_size(weights, model, img_size)
     config = dataclasses.replace(config, model=model)
+    check_holds(model, to)
+    check_finite(weights, checkpoint)
     described = describe(config, to) if to.startswith("huggingface") else {}
     tensors = {key: t.contiguous() for key, t in convert(weights, "mae_dist", target.layout).items()}
     make_directory(out.parent)
@@ -81,6 +85,20 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
             (aside / file).write_text(json.dumps(content, indent=2) + "\n")
         (aside / "README.md").write_text(said)
     return notes
+
+
+def check_holds(model: MAEConfig, to: str) -> None:
+    """Raise UserError, naming the parts, when a library builds another network than this model's encoder."""
+    with torch.device("meta"):
+        vit: Any = build_encoder(model)
+        there = timm.create_model(model.enc_name, num_classes=0, **timm_sizes(model)) if to == "timm" else plain(vit)
+    found = differences(vit, there)
+    ratio = vit.blocks[0].mlp.fc1.out_features / vit.embed_dim if not found and to.startswith("official") else 4.0
+    if ratio != 4 and (to == "official" or int(vit.embed_dim * ratio) != round(vit.embed_dim * ratio)):
+        found.append(f"mlp_ratio: {ratio:g}, not 4")
+    if found:
+        more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"--to {to}: {model.enc_name} is not what is built there: {'; '.join(found[:5])}{more}")
 
 
 def save(path: Path, suffix: str, tensors: dict[str, Tensor], model: MAEConfig) -> None:
@@ -103,9 +121,6 @@ def describe(config: Config, to: str) -> dict[str, dict[str, Any]]:
     with torch.device("meta"):
         vit: Any = build_encoder(model)
     block, (height, width) = vit.blocks[0], model.height_width
-    eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
-    if not isinstance(block.mlp.act, nn.GELU) or eps != {1e-6}:
-        raise UserError(f"--to {to}: {model.enc_name} has another activation or norm than the ViT of Hugging Face")
     if height != width and to == "huggingface":
         raise UserError(f"--to {to}: ViTMAEForPreTraining takes square images only, not {height}x{width}")
     said: dict[str, Any] = {

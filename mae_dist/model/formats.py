@@ -4,7 +4,8 @@
 - "official": facebookresearch/mae; the encoder's keys at the top level, the decoder's begin with `decoder_`.
 - "huggingface": ViTMAEForPreTraining as released checkpoints have it; query, key and value are three matrices.
 - "huggingface-vit": the encoder alone, as ViTModel has it.
-- "timm": the encoder alone, as `timm.create_model(name, num_classes=0)` loads it and facebookresearch/mae releases it.
+- "official-encoder": the encoder alone, as facebookresearch/mae releases it.
+- "timm": the encoder alone, as `timm.create_model(name, num_classes=0)` loads it, whatever it is made of.
 """
 
 import re
@@ -21,14 +22,22 @@ Rules = tuple[tuple[str, str], ...]
 TIMM: Rules = tuple(
     (f"encoder.{name}", name) for name in ("cls_token", "pos_embed", "patch_embed.", "norm_pre.", "blocks.", "norm.")
 )
-OFFICIAL: Rules = (
-    *TIMM,
+DECODER: Rules = (
     ("enc_to_dec.", "decoder_embed."),
     ("mask_token", "mask_token"),
     ("dec_pos", "decoder_pos_embed"),
-    ("dec_blocks.", "decoder_blocks."),
     ("dec_norm.", "decoder_norm."),
     ("head.", "decoder_pred."),
+)
+PLAIN = ("norm1.", "attn.qkv.", "attn.proj.", "norm2.", "mlp.fc1.", "mlp.fc2.")  # all that a block of the paper has
+OFFICIAL_ENCODER: Rules = (
+    *((f"encoder.{name}", name) for name in ("cls_token", "pos_embed", "patch_embed.proj.", "norm.")),
+    *((f"encoder.blocks.#.{leaf}", f"blocks.#.{leaf}") for leaf in PLAIN),
+)
+OFFICIAL: Rules = (
+    *OFFICIAL_ENCODER,
+    *DECODER,
+    *((f"dec_blocks.#.{leaf}", f"decoder_blocks.#.{leaf}") for leaf in PLAIN),
 )
 HF_LEAVES: Rules = (
     ("norm1.", "layernorm_before."),
@@ -61,7 +70,7 @@ HUGGINGFACE: Rules = (
     ("encoder.pos_embed", "vit.embeddings.position_embeddings"),
     ("encoder.patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
     ("encoder.norm.", "vit.layernorm."),
-    *((ours, f"decoder.{theirs}") for ours, theirs in OFFICIAL[len(TIMM) :] if ours != "dec_blocks."),
+    *((ours, f"decoder.{theirs}") for ours, theirs in DECODER),
     *_blocks(
         (("encoder.blocks.#.", "vit.encoder.layer.#."), ("dec_blocks.#.", "decoder.decoder_layers.#.")), HF_LEAVES
     ),
@@ -78,8 +87,9 @@ def _bare(rules: Rules) -> Rules:
 
 
 LAYOUTS: dict[str, Rules] = {
-    "mae_dist": tuple((ours, ours) for ours, _ in OFFICIAL),
+    "mae_dist": tuple((ours, ours) for ours, _ in (*TIMM, *DECODER, ("dec_blocks.", ""))),
     "official": OFFICIAL,
+    "official-encoder": OFFICIAL_ENCODER,
     "huggingface": HUGGINGFACE,
     "huggingface-vit": _bare(HUGGINGFACE),
     "timm": TIMM,
@@ -88,13 +98,13 @@ READ_ONLY: dict[str, Rules] = {  # names that are read, and never written
     "huggingface": HF_READ_ONLY,
     "huggingface-vit": (*_bare(HF_READ_ONLY), *HUGGINGFACE, *HF_READ_ONLY),  # a ViTForImageClassification has `vit.`
 }
-ENCODER_ONLY = ("timm", "huggingface-vit")
+ENCODER_ONLY = ("official-encoder", "timm", "huggingface-vit")
 
 
 def convert(state_dict: Mapping[str, Tensor], source: str, target: str = "mae_dist") -> dict[str, Tensor]:
     """Translate a state dict between layouts; see the module's text for their names.
 
-    A checkpoint of the encoder alone stays one; "timm" and "huggingface-vit" as targets drop the decoder. Tensors that
+    A checkpoint of the encoder alone stays one; ENCODER_ONLY targets drop the decoder. Tensors that
     need no change are shared with the input. Raises UserError for an unknown layout or key, or a key the target has no
     place for.
     """

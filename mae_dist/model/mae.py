@@ -122,17 +122,30 @@ class MAEOutput(NamedTuple):
     """(B, Nm) int64: places of the masked patches; in training with `predict_ratio`, of those that are predicted."""
 
 
+def check_name(name: str) -> str:
+    """The name of a ViT of timm. Raises UserError for any other, with near ones, and for one of trained weights."""
+    known = timm.list_models("*", module="vision_transformer") + timm.list_models("*", module="deit")
+    arch, _, tag = name.partition(".")
+    if arch in known and not tag:
+        return name
+    if arch in known:
+        raise UserError(
+            f"model.enc_name: {name} names trained weights (.{tag}), and a run begins with random ones: write {arch}; "
+            "to begin with trained weights, make a run of their file with mae-dist import FILE --from timm"
+        )
+    near = get_close_matches(arch, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "write one such as vit_base_patch16_224"
+    there = "is no plain ViT" if timm.is_model(arch) else "is no model of timm"
+    raise UserError(f"model.enc_name: {name!r} {there}; {hint}")
+
+
 def build_encoder(config: MAEConfig) -> VisionTransformer:
     """The timm ViT named by the config, without head, its positions replaced by the fixed table.
 
     Raises UserError when timm does not know the name or it is not a plain ViT.
     """
     changes: dict[str, Any] = {"embed_dim": config.enc_dim, "depth": config.enc_depth, "num_heads": config.enc_heads}
-    name = config.enc_name
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models("vit_*"), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('vit_*')"
-        raise UserError(f"model.enc_name: timm has no model {name!r}; {hint}")
+    name = check_name(config.enc_name)
     try:
         vit: Any = timm.create_model(
             name,
@@ -144,7 +157,7 @@ def build_encoder(config: MAEConfig) -> VisionTransformer:
             weight_init="skip",
             **{key: value for key, value in changes.items() if value is not None},
         )
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ValueError) as error:
         raise UserError(
             f"model.enc_name: {name} cannot be built with these settings ({error}); use a plain ViT such as "
             "vit_base_patch16_224"
@@ -156,11 +169,14 @@ def build_encoder(config: MAEConfig) -> VisionTransformer:
         and vit.num_prefix_tokens == 1
         and vit.pos_embed is not None
         and not vit.no_embed_class
+        and isinstance(vit.patch_embed.norm, nn.Identity)
+        and isinstance(vit.fc_norm, nn.Identity)
+        and not isinstance(vit.norm, nn.Identity)
     )
     if not plain:
         raise UserError(
-            f"model.enc_name: {name} is not a plain ViT (one class token, one patch projection, added positions); "
-            "use one such as vit_base_patch16_224"
+            f"model.enc_name: {name} is not a plain ViT (a class token, one patch projection, added positions, a last "
+            "norm); use one such as vit_base_patch16_224"
         )
     return vit
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mae_dist.errors import UserError
 from mae_dist.model.mae import MAE, MAEConfig
+from mae_dist.ranges import check_numbers
 
 ENCODERS = {  # width -> timm's name; another width is a ViT-B with changes
     192: "vit_tiny_patch16_224",
@@ -31,8 +32,9 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> MAEConfi
     tensors it is the paper's (512 wide, 8 blocks). Raises UserError where a tensor that tells a size is missing, or the
     positions are no square and `known` has no img_size.
     """
-    dim, in_chans, patch_size, _ = tensor_of(state, "encoder.patch_embed.proj.weight").shape
-    places = tensor_of(state, "encoder.pos_embed").shape[1] - 1
+    check_known(known)
+    dim, in_chans, patch_size, _ = tensor_of(state, "encoder.patch_embed.proj.weight", 4).shape
+    places = tensor_of(state, "encoder.pos_embed", 3).shape[1] - 1
     img_size = known.get("img_size") or math.isqrt(places) * patch_size
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if (height // patch_size) * (width // patch_size) != places:
@@ -42,7 +44,7 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> MAEConfi
         )
     usual: dict[str, Any] = dict(PAPERS_DECODER)
     if has_decoder(state):
-        dec_dim = tensor_of(state, "enc_to_dec.weight").shape[0]
+        dec_dim = tensor_of(state, "enc_to_dec.weight", 2).shape[0]
         heads = max(1, dec_dim // DEC_HEAD_WIDTH)
         usual = {
             "dec_dim": dec_dim,
@@ -62,9 +64,20 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> MAEConfi
     return MAEConfig(**{**usual, **known, **shapes, **decoder})
 
 
-def tensor_of(state: Mapping[str, Tensor], key: str) -> Tensor:
+def check_known(known: Mapping[str, Any]) -> None:
+    """Raise UserError for fields of MAEConfig that hold what they cannot: they may come from anybody's file."""
+    check_numbers(MAEConfig(**known), "model.")
+    for key, value in known.items():
+        default = getattr(MAEConfig, key)
+        if isinstance(default, str | bool) and type(value) is not type(default):
+            raise UserError(f"model.{key}: {value!r}: write a value such as {str(default).lower()}")
+
+
+def tensor_of(state: Mapping[str, Tensor], key: str, dims: int) -> Tensor:
     if key not in state:
         raise UserError(f"no {key} among the {len(state)} tensors, so these are not the weights of a ViT or an MAE")
+    if state[key].ndim != dims:
+        raise UserError(f"{key} is {tuple(state[key].shape)}, and has {dims} dimensions in a ViT or an MAE")
     return state[key]
 
 

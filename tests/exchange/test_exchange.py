@@ -244,7 +244,12 @@ def test_a_classifier_is_left_out_and_named(run, tmp_path):
     ("settings", "to", "out", "message"),
     [
         ({"img_size": (16, 32)}, "huggingface", "x", "square images only, not 16x32"),
-        ({"enc_name": "vit_base_patch16_clip_quickgelu_224"}, "huggingface-vit", "x", "another activation or norm"),
+        (
+            {"enc_name": "vit_base_patch16_clip_quickgelu_224"},
+            "huggingface-vit",
+            "x",
+            r"norm_pre: LayerNorm .*mlp.act: QuickGELU, not GELU",
+        ),
         ({}, "huggingface", "x.safetensors", "write a directory"),
         ({}, "official", "x.safetensors", r"write a directory or a name ending in .pth"),
     ],

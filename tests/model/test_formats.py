@@ -110,9 +110,9 @@ def test_any_accepted_encoder_has_a_timm_layout():
     with pytest.raises(UserError, match=r"2 of \d+ keys have no place in the huggingface layout: encoder.norm_pre"):
         convert(model.state_dict(), "mae_dist", "huggingface")
     scaled = build(enc_name="vit_base_patch14_dinov2").state_dict()
-    assert_same(convert(convert(scaled, "mae_dist", "official"), "official"), dict(scaled))
-    with pytest.raises(UserError, match=r"no place in the huggingface layout: encoder.blocks.0.ls1.gamma"):
-        convert(scaled, "mae_dist", "huggingface")
+    for layout in ("official", "official-encoder", "huggingface", "huggingface-vit"):
+        with pytest.raises(UserError, match=rf"no place in the {layout} layout: encoder.blocks.0.ls1.gamma"):
+            convert(scaled, "mae_dist", layout)
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
@@ -146,6 +146,7 @@ def test_a_whole_checkpoint_is_explained():
 @pytest.mark.parametrize(("source", "target"), [("hf", "timm"), ("timm", "keras")])
 def test_unknown_layouts_are_named(source, target):
     with pytest.raises(
-        UserError, match=r"'(hf|keras)'; write one of mae_dist, official, huggingface, huggingface-vit, timm"
+        UserError,
+        match=r"'(hf|keras)'; write one of mae_dist, official, official-encoder, huggingface, huggingface-vit, timm",
     ):
         convert({}, source, target)
