@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -144,8 +144,27 @@ def fetched_ahead(positions: Iterable[Ints], source: Source, course: Course, beh
             prefetcher.close()
 
 
+class Maker(Protocol):
+    """What makes the images of a table, in whatever process."""
+
+    made: int
+    seconds: float
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def bad(self) -> BadSamples | None: ...
+    @property
+    def repeat(self) -> int: ...
+
+    def table(self, positions: Ints) -> Table: ...
+    def fill(self, table: Table, images: Tensor) -> None: ...
+
+
 def _batches(
-    views: Views, positions: Iterable[Ints], workers: int, batch_size: int, pin_memory: bool = False
+    views: Maker, positions: Iterable[Ints], workers: int, batch_size: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
     tables = map(views.table, positions)
     shape = (views.source.channels, *views.size)
@@ -164,7 +183,7 @@ def _batches(
         ring.close()
 
 
-def _batch(views: Views, table: Table, images: Tensor) -> Batch:
+def _batch(views: Maker, table: Table, images: Tensor) -> Batch:
     views.made += len(table)
     views.seconds += float(table[:, NANOSECONDS].sum()) / 1e9
     ids, epochs, labels = (torch.from_numpy(table[:, column].copy()) for column in (ID, EPOCH, LABEL))
@@ -205,8 +224,8 @@ class ImageStream:
         others = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
         )
-        self.views = Views(source, self.order.lookup, views, others, size, config, bad, config.repeated_aug)
-        self.workers, self.pin_memory = config.workers, pin_memory
+        self.views: Maker = Views(source, self.order.lookup, views, others, size, config, bad, config.repeated_aug)
+        self.workers, self.pin_memory, self.rank = config.workers, pin_memory, rank
         self.batch_size = global_batch_size // world_size // accumulate
         ranks = range(rank, rank + 1) if node is None else node
         self.course = Course(self.order.counts, seed, config.lanes, config.window, samples, ranks, world_size, start)

@@ -4,33 +4,32 @@ Every worker draws shards at random, with replacement, and shuffles their sample
 function of the step: no promise that an image is seen once, or at all, or that a resumed run sees what it would have.
 """
 
-import atexit
 import hashlib
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
 
 from mae_dist.data.augment import augment
 from mae_dist.data.bad import BadSample, BadSamples
 from mae_dist.data.decode import cut, decode, whole
-from mae_dist.data.loader import Batch
+from mae_dist.data.loader import EPOCH, ID, LABEL, NANOSECONDS, POSITION, Batch, ImageStream
 from mae_dist.data.options import DataConfig
+from mae_dist.data.ring import Table
 from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
-from mae_dist.launched import leave_signals_to_parent
 from mae_dist.shards import remote
 from mae_dist.shards.labels import member_label
 from mae_dist.shards.patterns import places
 from mae_dist.shards.prefetch import Course
 from mae_dist.shards.samples import SUFFIXES
 
-AHEAD = 4  # batches that each worker makes ahead of need
 BUFFER = 1000  # encoded samples that a worker shuffles
 GIVE_UP = 200  # shards opened, errors and samples without image in a row
 NOTICE = (
@@ -153,92 +152,55 @@ class ResampledSource:
             yield pixels, label
 
 
-class Views(IterableDataset):
-    """The batches of one worker process; ids count up, each worker of each rank in steps of their number."""
+class Drawn:
+    """Makes views of whatever images come next, in whatever process: `loader.Views` without its promises."""
 
-    def __init__(self, stream: "ResampledStream"):
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        worker, stream = get_worker_info(), self.stream
-        here, all_here = (worker.id, worker.num_workers) if worker else (0, 1)
-        process, processes = stream.rank * all_here + here, stream.world_size * all_here
-        first = stream.start * stream.global_batch_size + process
-        count = stream.global_batch_size // stream.world_size // stream.accumulate
-
-        def listed(bad: BadSample, shard: str) -> None:
-            if stream.bad:  # workers take turns
-                stream.bad.add(bad, position=first + here * count * stream.world_size, shard=shard)
-
-        seed = f"{stream.seed} {stream.start} {process}"
-        images = stream.source.images(Patience(stream.source.pattern), seed, listed)
-        try:
-            while True:
-                ids = torch.arange(count) * processes + first
-                pairs = [next(images) for _ in range(count)]
-                first += count * processes
-                views = [
-                    augment(pixels, 0, sample, stream.size, stream.config, stream.seed)
-                    for (pixels, _), sample in zip(pairs, ids.tolist(), strict=True)
-                ]
-                labels = torch.tensor([label for _, label in pairs])
-                yield Batch(torch.stack(views), ids, torch.zeros_like(ids), labels)
-        except UserError as error:  # sent as a value: a DataLoader would bury the message in a traceback
-            yield error
-
-
-def _start_worker(_: int) -> None:
-    """The signals that a scheduler sends to all processes are the trainer's."""
-    leave_signals_to_parent()
-    torch.set_num_threads(1)
-
-
-class ResampledStream:
-    """What `ImageStream` is, without its promises: endless batches, ids a running count, every epoch 0."""
+    repeat = 1
 
     def __init__(
-        self,
-        source: Source,
-        size: tuple[int, int],
-        config: DataConfig,
-        seed: int,
-        global_batch_size: int,
-        accumulate: int = 1,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-        bad: BadSamples | None = None,
-        node: range | None = None,
+        self, source: ResampledSource, size: tuple[int, int], config: DataConfig, seed: int, bad: BadSamples | None
     ):
-        """As `ImageStream`, but a bad image is left out, and listed in `bad`. Nothing is fetched ahead."""
+        self.source, self.size, self.config, self.seed, self.bad = source, size, config, seed, bad
+        self.made, self.seconds, self.position = 0, 0.0, 0
+        self._images: Iterator[tuple[NDArray[np.uint8], int]] | None = None
+
+    def table(self, positions: NDArray[np.int64]) -> Table:
+        """As that of `Views`: ids are a running count, every epoch is 0."""
+        table = np.full((len(positions), NANOSECONDS + 1), -1)
+        table[:, [POSITION, ID]] = positions[:, None]
+        table[:, EPOCH] = 0
+        return table
+
+    @torch.inference_mode()
+    def fill(self, table: Table, images: Tensor) -> None:
+        """Make the images of some rows. What a process draws is seeded by the first row it makes: no two draw alike."""
+        if self._images is None:
+            seed = f"{self.seed} {table[0, POSITION]}"
+            self._images = self.source.images(Patience(self.source.pattern), seed, self._list)
+        for row, image in zip(table, images, strict=True):
+            self.position, began = int(row[POSITION]), time.perf_counter_ns()
+            pixels, row[LABEL] = next(self._images)
+            image[:] = augment(pixels, 0, self.position, self.size, self.config, self.seed)
+            row[NANOSECONDS] = time.perf_counter_ns() - began
+
+    def _list(self, bad: BadSample, shard: str) -> None:
+        if self.bad:
+            self.bad.add(bad, position=self.position, shard=shard)
+
+
+class ResampledStream(ImageStream):
+    """What `ImageStream` is, without its promises: endless batches, ids a running count, every epoch 0.
+
+    A bad image is left out, and listed in `bad`. Nothing is fetched ahead.
+    """
+
+    def __init__(self, source: Source, size: tuple[int, int], config: DataConfig, seed: int, *how: Any, **more: Any):
+        """As `ImageStream`."""
+        super().__init__(source, size, config, seed, *how, **more)
         assert isinstance(source, ResampledSource)
-        self.source, self.size, self.config, self.seed = source, size, config, seed
-        self.global_batch_size, self.accumulate, self.start = global_batch_size, accumulate, start
-        self.rank, self.world_size, self.pin_memory, self.bad = rank, world_size, pin_memory, bad
+        self.views = Drawn(source, size, config, seed, self.views.bad)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.rank == 0:
             print(NOTICE, flush=True)
-        batches = self._generate()
-        atexit.register(batches.close)  # ends the workers; multiprocessing would by a SIGTERM, which they ignore
-        return batches
-
-    def _generate(self):
-        workers = self.config.workers
-        loader = DataLoader(
-            Views(self),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            prefetch_factor=AHEAD if workers else None,
-            pin_memory=self.pin_memory,
-        )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-
-    def worker_rate(self) -> float:
-        """Not measured here."""
-        return 0.0
+        return super().__iter__()

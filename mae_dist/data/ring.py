@@ -11,10 +11,12 @@ import os
 import select
 import signal
 import struct
+import time
 import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_dist.errors import UserError
+from mae_dist.errors import Ended, UserError
 from mae_dist.launched import leave_signals_to_parent
 
 TASK = 8  # images
@@ -38,8 +40,23 @@ Table = NDArray[np.int64]
 Fill = Callable[[Table, Tensor], None]
 
 
-class WorkerDied(RuntimeError):
-    """A data worker ended although nobody told it to."""
+STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk", "R": "running"}
+STUCK = 6  # times the limit, for workers that nobody has stopped: files may be slow
+KILLED = 5.0  # seconds for a killed worker to be gone: one that waits for a dead file server stays
+
+waited_for: "weakref.WeakSet[Ring]" = weakref.WeakSet()
+"""The rings of this process."""
+
+
+class WorkerDied(Ended):
+    """A data worker ended, or stands still, although nobody told it to."""
+
+    status = 75  # a restart may well cure it
+
+
+def late_workers() -> str:
+    """Which data workers this process waits for now, with their states; empty: for none. From any thread."""
+    return "; ".join(text for ring in list(waited_for) if (text := ring.late()))
 
 
 class Ring:
@@ -47,9 +64,12 @@ class Ring:
     `together`: rows in a row that one task makes.
 
     `run` raises what a worker raised (UserError as it was, all else as RuntimeError with the worker's traceback), and
-    WorkerDied, with name and cause, when one was killed. `close` ends the workers; they also end with the trainer,
-    however that ends.
+    WorkerDied, with name and cause, when one was killed or nothing came for longer than `limit`. `close` ends the
+    workers; they also end with the trainer, however that ends.
     """
+
+    limit = 240.0
+    """Seconds to wait for workers that are stopped, less than ranks wait for each other; `STUCK` times for others."""
 
     def __init__(
         self,
@@ -67,7 +87,7 @@ class Ring:
         self.task = -(-max(TASK, -(-slots * batch // MAX_TASKS)) // together) * together
         self.pieces = -(-batch // self.task)
         rows, pixels = (-(-size // PAGE) * PAGE for size in (batch * columns * 8, batch * int(np.prod(shape))))
-        first = -(-(slots * 8 + workers * TEXT) // PAGE) * PAGE
+        first = -(-(slots * 8 + workers * (8 + TEXT)) // PAGE) * PAGE
         # Anonymous memory, shared by fork: no limit of /dev/shm (64 MB in many containers) and nothing to clean up.
         self.memory = mmap.mmap(-1, first + slots * (rows + pixels))
         starts = range(first, len(self.memory), rows + pixels)
@@ -76,12 +96,15 @@ class Ring:
         last = batch, height, width, channels
         self.images = [np.ndarray(last, np.uint8, self.memory, start + rows).transpose(0, 3, 1, 2) for start in starts]
         self.lengths = np.ndarray(slots, np.int64, self.memory)
+        self.begun = np.ndarray(workers, np.int64, self.memory, slots * 8)  # seconds; 0: waiting for a task
+        self.since = 0.0  # when the trainer began to wait; 0: it does not
         self.free, self.held = deque(range(slots)), set()
         self.undone = [0] * slots  # tasks
         (self.tasks, self.new), (self.done, self.made) = os.pipe(), os.pipe()
         os.set_blocking(self.tasks, False)  # several workers wake for one task
         self.trainer = os.getpid()
         self.workers = dict(enumerate(self._start(worker) for worker in range(workers)))  # number: process id
+        waited_for.add(self)
         pinned = self.memory if pin and _pin(self.memory) else None
         self.close = weakref.finalize(
             self, _end, self.trainer, self.workers, (self.tasks, self.new, self.done, self.made), pinned
@@ -114,15 +137,19 @@ class Ring:
         """Until every task of a slot is done."""
         poll = select.poll()
         poll.register(self.done, select.POLLIN)
+        self.since = time.monotonic()
         while True:
             ready = poll.poll(PATIENCE if self.undone[slot] else 0)
+            self.since = time.monotonic() if ready else self.since
             for (number,) in NUMBER.iter_unpack(os.read(self.done, 8 * MAX_TASKS) if ready else b""):
                 if number < 0:
                     self._raise(-number - 1)
                 self.undone[number // self.pieces] -= 1
             self._look_for_dead()
             if not self.undone[slot]:
+                self.since = 0.0
                 return
+            self._look_for_stuck()
 
     def _hand_out(self, slot: int) -> tuple[Table, Tensor]:
         length = int(self.lengths[slot])
@@ -145,7 +172,7 @@ class Ring:
         raise RuntimeError(f"data worker {worker} (pid {self.workers[worker]}) failed:\n{text[1:]}")
 
     def _text(self, worker: int) -> NDArray[np.uint8]:
-        return np.ndarray(TEXT, np.uint8, self.memory, len(self.undone) * 8 + worker * TEXT)
+        return np.ndarray(TEXT, np.uint8, self.memory, self.begun.nbytes + self.lengths.nbytes + worker * TEXT)
 
     def _look_for_dead(self) -> None:
         for worker, pid in self.workers.items():
@@ -156,6 +183,28 @@ class Ring:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
                 advice = "; if nobody did that, the node ran out of memory" if code == -signal.SIGKILL else ""
                 raise WorkerDied(f"data worker {worker} (pid {pid}) {how}{advice}; the same command resumes the run")
+
+    def _look_for_stuck(self) -> None:
+        waited = time.monotonic() - self.since
+        if waited > self.limit:
+            stopped = any(state_of(pid) in "Tt" for pid in self.workers.values())
+            if stopped or waited > STUCK * self.limit:
+                raise WorkerDied(f"waited {waited:.0f} s for {self.late()}; the same command resumes the run")
+
+    def late(self) -> str:
+        """The workers that are waited for: those at a task, or, when none is, those that should have taken one."""
+        began, now = self.since, time.monotonic()
+        if not began or now - began < 2 * PATIENCE / 1000:
+            return ""
+        workers = list(self.workers.items())
+        busy = [(n, pid, int(self.begun[n])) for n, pid in workers if self.begun[n]] or [
+            (n, pid, 0) for n, pid in workers
+        ]
+        return "; ".join(
+            f"data worker {n} (pid {pid}, {STATES.get(state_of(pid), 'sleeping')})"
+            + (f", {now - since:.0f} s at a task" if since else "")
+            for n, pid, since in busy[:8]
+        )
 
     def _start(self, worker: int) -> int:
         """Fork, not spawn: source and function need not travel, memory is shared, workers begin at once."""
@@ -185,6 +234,7 @@ class Ring:
             slot, piece = divmod(number, self.pieces)
             begin = piece * self.task
             end = min(begin + self.task, int(self.lengths[slot]))
+            self.begun[worker] = int(time.monotonic())
             try:
                 self.fill(self.tables[slot][begin:end], torch.from_numpy(self.images[slot][begin:end]))
             except BaseException as error:
@@ -193,12 +243,21 @@ class Ring:
                 self._text(worker)[: len(text)] = np.frombuffer(text, np.uint8)
                 number = -worker - 1
                 poll.unregister(self.tasks)  # its words stay as they are; it only waits for the end
+            self.begun[worker] = 0
             os.write(self.made, NUMBER.pack(number))
 
 
 def batches_ahead(workers: int, batch: int) -> int:
     """Batches being made or ready before they are asked for: at least as many as keep every worker busy."""
     return max(AHEAD, -(-3 * workers * TASK // batch))
+
+
+def state_of(pid: int) -> str:
+    """One letter, as `ps` shows it: R, S, D (waits for a disk), T (stopped), ...; Z for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
 
 
 def _pin(memory: mmap.mmap) -> bool:
@@ -213,7 +272,12 @@ def _end(trainer: int, workers: dict[int, int], pipes: tuple[int, ...], pinned: 
         return  # a copy of the ring in some other worker
     for pid in workers.values():
         os.kill(pid, signal.SIGKILL)  # they hold nothing that could break
-        os.waitpid(pid, 0)
+    deadline = time.monotonic() + KILLED
+    while workers and time.monotonic() < deadline:
+        for worker in [n for n, pid in workers.items() if os.waitpid(pid, os.WNOHANG)[0]]:
+            del workers[worker]
+        if workers:
+            time.sleep(0.002)
     workers.clear()
     for pipe in pipes:
         os.close(pipe)

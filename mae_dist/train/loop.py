@@ -24,7 +24,7 @@ from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 from mae_dist.train.validate import Validation
-from mae_dist.train.watchdog import SAVING, Watchdog
+from mae_dist.train.watchdog import DATA, SAVING, Watchdog
 
 
 @dataclass
@@ -74,7 +74,7 @@ def train(run: Run) -> None:
         what.run(run.start, run.engine, run.journal)
     for k in range(run.start, run.total_steps):
         for micro in range(run.accumulate):
-            watch.enter("data", k + 1)
+            watch.enter(DATA, k + 1)
             batch = next(feed)
             watch.enter("forward and backward", k + 1)
             run.engine.forward_backward(normalise(batch.images), noise_of(batch, run), micro == run.accumulate - 1)

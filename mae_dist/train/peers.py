@@ -41,6 +41,8 @@ class Beat(NamedTuple):
     """For how long."""
     age: float
     """Seconds ago, by the clock of the file system."""
+    late: str = ""
+    """The data workers that it waits for."""
 
     def is_dead(self) -> bool:
         """Whether the process is gone without a word; only known of this rank's own node."""
@@ -64,8 +66,9 @@ class Board:
     def path(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.beat"
 
-    def write(self, step: int, phase: str, seconds: float = 0.0) -> None:
-        text = json.dumps([self.rank, os.getpid(), HOST, step, phase[: SIZE // 2], round(seconds, 1)])
+    def write(self, step: int, phase: str, seconds: float = 0.0, late: str = "") -> None:
+        said = phase[: SIZE // 2], round(seconds, 1), late[: SIZE // 4]
+        text = json.dumps([self.rank, os.getpid(), HOST, step, *said])
         with suppress(OSError):
             os.pwrite(self.file, text.encode().ljust(SIZE)[:SIZE], 0)
 
@@ -76,7 +79,7 @@ class Board:
             now = self.path(self.rank).stat().st_mtime
             for path in self.logs.glob("rank-*.beat"):
                 with suppress(OSError, ValueError):
-                    rank, pid, host, step, phase, seconds = json.loads(path.read_bytes())
+                    rank, pid, host, step, phase, seconds, *late = json.loads(path.read_bytes())
                     age = max(0.0, now - path.stat().st_mtime)
-                    found.append(Beat(rank, pid, host, step, phase, seconds, age))
+                    found.append(Beat(rank, pid, host, step, phase, seconds, age, *late))
         return sorted(found)

@@ -16,6 +16,7 @@ import mae_dist
 from mae_dist.config import Config
 from mae_dist.data import BadSamples, ImageStream, Source, open_sources
 from mae_dist.data.resampled import ResampledStream
+from mae_dist.data.ring import Ring
 from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
 from mae_dist.errors import Ended, UserError
 from mae_dist.model import MAE
@@ -46,6 +47,7 @@ def pretrain(config: Config) -> int:
     """
     config.check()
     config = config.with_epoch_size()
+    Ring.limit = 0.8 * config.train.timeout  # so that the rank whose workers stand still says so before others give up
     stop = StopRequest()
     code = 0
     try:

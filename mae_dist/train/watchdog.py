@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from mae_dist.data.ring import late_workers
 from mae_dist.engine.world import World
 from mae_dist.errors import Ended, UserError
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED, Beat, Board
@@ -22,7 +23,7 @@ MEASURED = 3  # steps that make a median
 GRACE = 60.0  # seconds after a stop signal for the step under way
 ECHO = 5.0  # seconds to find out what a failed collective is the echo of
 SILENT = 5  # beats without a word
-SAVING = "save"
+SAVING, DATA = "save", "data"
 
 
 class RankLost(Ended):
@@ -115,7 +116,7 @@ class Watchdog:
                 with self.writing:
                     if self.closed.is_set():
                         return
-                    self.board.write(now.step, now.phase, waited)
+                    self.board.write(now.step, now.phase, waited, late_workers())
                 self.next_beat = time.monotonic() + self.beat
             self._leave_if_lost(now, waited)
             if waited <= self.limit() or self.told == now.since:
@@ -161,12 +162,18 @@ class Watchdog:
             return
         lines = [f"watchdog: {now.phase} of step {now.step} takes {waited:.1f} s"]
         lines[0] += f" (median step: {median(self.steps):.2f} s)" if self.steps else ""
-        lines += [f"  rank {beat.rank}: in {spot(beat)} for {beat.seconds:.1f} s" for beat in awake[:16]]
+        lines += [
+            f"  rank {beat.rank}: in {spot(beat)} for {beat.seconds:.1f} s"
+            + (f", waits for {beat.late}" if beat.late else "")
+            for beat in awake[:16]
+        ]
         lines += [
             f"  rank {beat.rank}: SILENT for {beat.age:.1f} s, last in {spot(beat)} (pid {beat.pid} on {beat.host})"
             for beat in silent[:16]
         ]
-        slow = silent or [beat for beat in awake if (beat.step, beat.phase == now.phase) < (now.step, True)]
+        behind = [beat for beat in awake if (beat.step, beat.phase == now.phase) < (now.step, True)]
+        # One that waits for its own data waits for no other rank, be it the speaker.
+        slow = silent or [beat for beat in awake if beat.late or beat.phase == DATA] or behind
         if slow:
             lines.append(f"  waited for: rank {', '.join(str(beat.rank) for beat in slow[:16])}")
         elif self.world.size > 1:

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import os
+import signal
 import tarfile
 from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mae_dist.data import BadSamples, DataConfig, open_sources, resampled
+from mae_dist.data import BadSamples, DataConfig, open_sources, resampled, ring
 from mae_dist.data.resampled import NOTICE, ResampledStream
+from mae_dist.data.ring import WorkerDied
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from tests.conftest import TINY, losses, mae_dist
@@ -80,22 +82,32 @@ def test_bad_images_are_listed_and_counted(shards, tmp_path, workers):
     list(islice(stream(tmp_path / "0.tar", workers=workers, bad=bad), 4))
     (line,) = map(json.loads, bad.path.read_text().splitlines())
     assert line["shard"] == str(tmp_path / "0.tar") and line["key"] == member.name.removesuffix(".jpg")
-    assert bad.count(0) == 0 and bad.count(48 * (1 + workers)) == 1
+    assert bad.count(0) == 0 and bad.count(line["position"] + 1) == 1
+    assert line["position"] < 12 * 2 * 6
 
 
-def test_a_workers_batches_count_when_their_turn_comes(shards, tmp_path):
-    """Of four workers, each with a bad image, the third makes batches 2, 6, 10, ... of a rank, and so on."""
-    content, _ = zeroed(shards)
-    (tmp_path / "0.tar").write_bytes(content)
-    for here in range(4):
-        bad, found = BadSamples(tmp_path / "run", 1e-4), []
-        bad.add = lambda bad, found=found, **more: found.append(more["position"] // 12)
-        one = stream(tmp_path / "0.tar", bad=bad)
-        worker = SimpleNamespace(id=here, num_workers=4)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resampled, "get_worker_info", lambda worker=worker: worker)
-            list(islice(resampled.Views(one), 6))
-        assert found and {batch % 4 for batch in found} == {here} and max(found) <= 5 * 4 + here
+def test_what_fails_in_a_worker_ends_the_run_with_its_traceback_and_no_hang(shards, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(resampled, "augment", broken)
+    with pytest.raises(RuntimeError, match=r"(?s)data worker \d \(pid \d+\) failed:.*a fault of ours"):
+        next(iter(stream(shards / "train-00000.tar", workers=2)))
+
+
+def test_a_killed_worker_is_named(shards):
+    batches = iter(stream(shards / "train-{00000..00004}.tar", workers=2))
+    next(batches)
+    made = next(made for made in ring.waited_for if made.close.alive)
+    os.kill(made.workers[1], signal.SIGKILL)
+    with pytest.raises(WorkerDied, match=r"data worker 1 \(pid \d+\) was killed by signal 9"):
+        for _ in batches:
+            pass
+
+
+def test_workers_draw_other_images(shards):
+    first, *more = (pictures(batch) for batch in islice(stream(shards / "train-{00000..00004}.tar", workers=3), 8))
+    assert all(not first & other for other in more)
 
 
 def test_what_a_client_raises_at_opening_is_said_and_left_out(shards, monkeypatch, capfd):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_dist.data.ring import HELD, Ring, WorkerDied
+from mae_dist.data.ring import HELD, Ring, WorkerDied, late_workers
 from mae_dist.errors import UserError
 
 SHAPE = (1, 4, 4)
@@ -110,6 +111,36 @@ def test_a_killed_worker_is_an_error_with_its_name(ring, at_work):
     with pytest.raises(WorkerDied, match=rf"data worker 3 \(pid {pid}\) was killed by signal 9"):
         for _ in batches:
             pass
+
+
+def test_workers_that_were_stopped_are_named_and_end_the_run(ring):
+    made = ring(workers=2)
+    made.limit = 1.0
+    batches = made.run(tables(20, 10**4))
+    next(batches)
+    for pid in made.workers.values():
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(WorkerDied, match=rf"waited \d+ s for .*\(pid {made.workers[0]}, stopped by a signal\)"):
+        for _ in batches:
+            pass
+    pids = list(made.workers.values())
+    made.close()
+    assert not any(map(alive, pids))
+
+
+def test_workers_that_are_slow_are_waited_for_and_named(ring):
+    def slow(rows, images):
+        time.sleep(1.5)
+        fill(rows, images)
+
+    made, said = ring(slow, workers=1), []
+    made.limit = 0.5
+    watching = threading.Thread(target=lambda: said.extend(late_workers() for _ in range(100) if not time.sleep(0.03)))
+    watching.start()
+    next(made.run(tables(8, 1)))
+    watching.join()
+    assert any(words.startswith(f"data worker 0 (pid {made.workers[0]}, sleeping), ") for words in said)
+    assert late_workers() == ""
 
 
 def test_a_worker_that_ends_is_an_error_with_its_status(ring):

@@ -1,20 +1,23 @@
 """When the watchdog ends a process, and what it leaves alone. In this process; the accidents are in tests/cluster."""
 
 import json
+import os
 import signal
 import subprocess
 import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from mae_dist.data.ring import Ring, WorkerDied
 from mae_dist.engine import World
 from mae_dist.train import watchdog
 from mae_dist.train.peers import FAILED, HOST
 from mae_dist.train.stop import Stopped
-from mae_dist.train.watchdog import SAVING, RankLost, Watchdog
+from mae_dist.train.watchdog import DATA, SAVING, RankLost, Watchdog
 
 WORLD = World(0, 1, torch.device("cpu"))
 GRACE = 4.0  # seconds
@@ -76,14 +79,40 @@ def test_the_last_word_is_not_overwritten_by_a_beat_that_had_begun(tmp_path, mon
     dog = Dog(tmp_path, monkeypatch)
     begun, write = threading.Event(), dog.watch.board.write
 
-    def slow(step: int, phase: str, seconds: float = 0.0) -> None:
+    def slow(step: int, phase: str, seconds: float = 0.0, late: str = "") -> None:
         if not phase.startswith(FAILED):
             begun.set()
             time.sleep(0.3)
-        write(step, phase, seconds)
+        write(step, phase, seconds, late)
 
     monkeypatch.setattr(dog.watch.board, "write", slow)
     assert begun.wait(10)
     dog.watch.close(f"{FAILED}why")
     time.sleep(0.6)
     assert [beat.phase for beat in dog.watch.board.read()] == [f"{FAILED}why"]
+
+
+def test_a_rank_that_waits_for_its_own_worker_is_the_one_waited_for(dog, capfd):
+    """The speaker itself, whose other ranks are in a collective of the same step."""
+    ring = Ring(lambda rows, images: time.sleep(600), 1, 8, 2, (1, 4, 4), False)
+    pid = ring.workers[0]
+
+    def wait() -> None:
+        with pytest.raises(WorkerDied):
+            next(ring.run([np.zeros((8, 2), int)]))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    os.kill(pid, signal.SIGSTOP)
+    dog.watch.board.path(1).write_text(json.dumps([1, os.getpid(), HOST, 5, "forward and backward", 9.0, ""]))
+    dog.watch.enter(DATA, 5)
+    said, deadline = "", time.monotonic() + 60
+    while "waited for" not in said and time.monotonic() < deadline:
+        dog.watch.board.path(1).touch()  # it goes on to write
+        said += capfd.readouterr().err
+        time.sleep(0.05)
+    assert "waited for: rank 0\n" in said
+    assert f"waits for data worker 0 (pid {pid}, stopped by a signal)" in said
+    os.kill(pid, signal.SIGKILL)
+    waiting.join()
+    ring.close()
