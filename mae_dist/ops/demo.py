@@ -5,6 +5,7 @@ Its 1,797 handwritten digits are pretrained on and classified; its two photograp
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import numpy as np
 from PIL import Image
 
 from mae_dist.errors import UserError
+from mae_dist.track import TrackConfig
 
 CONFIGS = next(  # of the clone that this package runs from, or (in the container) of the current directory
     (path for path in (Path(__file__).parents[2] / "configs", Path("configs")) if path.is_dir()), Path("configs")
 )
+MADE = ("images", "shards", "runs", "reconstruction.png")  # by a demo, in its directory
 TEST_SHARE = 5  # every fifth digit is held out
 TILE, STRIDE = 128, 32  # pixels: pieces of the photographs, shrunk to 64
 UNSEEN = (0.4, 0.68)  # the part of each photograph's width that is held out
@@ -83,6 +86,23 @@ def evaluate(digits: Path) -> None:
     run([*linear, *few])
 
 
+def clear(directory: Path) -> None:
+    """Make an empty directory, or one without what an earlier demo left there. Raises UserError for any other."""
+    marker = directory / ".mae_dist_demo"
+    try:
+        if directory.exists() and not marker.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory}: not empty, and not an earlier demo; write --dir with a new directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        for name in MADE:
+            if (directory / name).is_dir():
+                shutil.rmtree(directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be used: {error.strerror}; write --dir with a new directory") from None
+
+
 def demo(directory: Path) -> None:
     """Shard, pretrain on two processes, reconstruct, evaluate before and after; prints where to look."""
     if not (CONFIGS / "demo.yaml").is_file():
@@ -91,12 +111,9 @@ def demo(directory: Path) -> None:
         import sklearn.datasets  # noqa: F401
     except ImportError:
         raise UserError("the demo's images come with scikit-learn: pip install scikit-learn") from None
-    marker = directory / ".mae_dist_demo"
-    if directory.exists() and any(directory.iterdir()) and not marker.exists():
-        raise UserError(f"{directory}: not empty, and not an earlier demo; write --dir with a new directory")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    marker.touch()
+    TrackConfig().check()
+    clear(directory)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its commands end with it
     images, runs = directory / "images", directory / "runs"
     write_digits(images / "digits")
     unseen = write_photos(images / "photos")
@@ -115,11 +132,12 @@ def demo(directory: Path) -> None:
     picture = str(directory / "reconstruction.png")
     run(["mae-dist", "reconstruct", str(runs / "photos"), *map(str, unseen[1::3][:12]), "--out", picture])
     evaluate(runs / "digits")
-    from mae_dist.track.place import ui_command
+    from mae_dist.track.place import how_to_watch
 
     print(
         "\nRaw pixels do well here because these digits are small and centred; what the demo shows is the encoder "
         "before and after pretraining.\n\n"
         f"Reconstructions of a part of the photographs never seen in training: {picture}\n"
-        f"Both runs in MLflow (choose 'Model training' at the top left):\n  {ui_command(runs)}"
+        f"Both runs in MLflow:\n  {how_to_watch(runs, TrackConfig())}\n"
+        "In your shell, `. .venv/bin/activate` puts mae-dist and mlflow on the path after `make demo`."
     )

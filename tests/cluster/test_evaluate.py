@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from mae_dist.cli import COMMANDS
 from mae_dist.errors import UserError
+from mae_dist.launched import STOP_SIGNALS
 from mae_dist.train.checkpoint import committed
-from mae_dist.train.stop import SIGNALS
 from tests.conftest import TINY, losses, mae_dist
 from tests.data.test_bad import corrupt
 
@@ -154,7 +154,7 @@ def test_the_linear_probe_is_the_same_on_two_processes_up_to_rounding(run):
 @pytest.fixture
 def handlers():
     """What a command does with signals ends with it."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
