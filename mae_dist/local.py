@@ -4,6 +4,7 @@ A process killed at any moment, or a power cut, leaves the old content or the ne
 umask, whatever a library that writes into the staging directory thinks of it.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -85,7 +86,13 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        what = "is a link to nothing" if path.is_symlink() else "is a file, where a directory is to be"
+        raise NotADirectoryError(errno.ENOTDIR, what, str(path)) from None
+    except FileNotFoundError:  # above it there is one that takes none, such as /proc
+        raise PermissionError(errno.EACCES, "no directory can be made there", str(path)) from None
     fsync(path.parent)
 
 

@@ -1,12 +1,15 @@
 """What the data is and how it is cut. The defaults are the paper's pretraining augmentation (appendix A.1)."""
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from mae_dist.data.decode import MAX_PIXELS, Decoder
 from mae_dist.data.turbojpeg import library
 from mae_dist.errors import UserError
 from mae_dist.ranges import COUNT, COUNT_OR_NONE, check_numbers
+from mae_dist.shards import remote
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,20 @@ class DataConfig:
         "cache_bytes": "[1, 1000000000000000]", "workers": "[0, 512]", "max_pixels": COUNT,
         "max_bad_fraction": "[0, 1]", "lanes": "[1, 1000000]", "window": COUNT_OR_NONE, "repeated_aug": "[1, 1000]",
     }  # fmt: skip
+
+    def absolute(self) -> "DataConfig":
+        """The same with local paths that hold in any working directory: a run is evaluated from elsewhere too."""
+
+        def whole(path: str) -> str:
+            return path if remote.is_remote(path) else str(Path.cwd() / path)
+
+        exact = self.mode == "exact"  # a list's own words name its data
+        return dataclasses.replace(
+            self,
+            shards=whole(self.shards) if self.shards and exact else self.shards,
+            val_shards=whole(self.val_shards) if isinstance(self.val_shards, str) else self.val_shards,
+            cache_dir=self.cache_dir and whole(self.cache_dir),
+        )
 
     def check(self, in_chans: int) -> None:
         """Raise UserError for what cannot be trained on."""

@@ -18,9 +18,11 @@ from filelock import FileLock, Timeout
 
 from mae_dist.errors import UserError
 from mae_dist.launched import STOP_SIGNALS
+from mae_dist.local import allow_as_umask
 from mae_dist.output import protect
 from mae_dist.track import TrackConfig, journal
-from mae_dist.track.place import ENVIRONMENT, PARENT, is_server, opening, tracking_uri, ui_command, user
+from mae_dist.track.bounds import bounded, limit_answers, longest_call
+from mae_dist.track.place import ENVIRONMENT, PARENT, is_server, opening, sqlite_url, tracking_uri, ui_command, user
 from mae_dist.track.state import BATCH_METRICS, Batch, State, Summary, unsent
 from mae_dist.track.tracker import MLflowTracker, is_gone
 
@@ -60,14 +62,16 @@ class Shipper:
             self.state.died = died
             self.state.save(self.run_dir)
         try:
-            client = self.client or self._connect()
+            with bounded():
+                client = self.client or self._connect()
             if client is None:
                 return
             self._send_records(client)
             try:
                 self._send_files(client)
             finally:  # a broken artifact store must not leave a finished run "running"
-                self._settle(client)
+                with bounded():
+                    self._settle(client)
         except Exception:
             self.client, self._in_doubt = None, True  # look again whether the run is still there
             raise
@@ -88,16 +92,19 @@ class Shipper:
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
+        parent = self._parent(Path(batch.tags[PARENT])) if PARENT in batch.tags else None
+        nested = {} if parent is None else {"mlflow.parentRunId": parent}
         # MLflow keeps one of two equal (key, value, step, timestamp), so a batch sent twice is there once.
         points = [Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch.points]
         for i in range(0, len(points), BATCH_METRICS):
-            client.log_batch(self.state.run_id, metrics=points[i : i + BATCH_METRICS], synchronous=True)
-        nested = {"mlflow.parentRunId": self._parent(Path(batch.tags[PARENT]))} if PARENT in batch.tags else {}
+            with bounded():
+                client.log_batch(self.state.run_id, metrics=points[i : i + BATCH_METRICS], synchronous=True)
         tags = [RunTag(key, value) for key, value in (batch.tags | nested).items() if value]
-        client.log_batch(self.state.run_id, tags=tags, synchronous=True)
+        params = [Param(key, value) for key, value in batch.params.items()]
         try:
-            params = [Param(key, value) for key, value in batch.params.items()]
-            client.log_batch(self.state.run_id, params=params, synchronous=True)
+            with bounded():
+                client.log_batch(self.state.run_id, tags=tags, synchronous=True)
+                client.log_batch(self.state.run_id, params=params, synchronous=True)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
@@ -118,11 +125,13 @@ class Shipper:
             if not path.exists():
                 print(f"warning: {path} is gone; it cannot be sent", flush=True)
             elif "key" in record:
-                self._send_image(client, record, path)
+                with bounded():
+                    self._send_image(client, record, path)
             else:
                 parent = PurePosixPath(record["path"]).parent
                 folder = None if parent.is_absolute() or str(parent) == "." else str(parent)
-                client.log_artifact(self.state.run_id, str(path), folder)
+                with bounded():
+                    client.log_artifact(self.state.run_id, str(path), folder)
             self._in_doubt = False
             del self.state.files[0]
             self.state.save(self.run_dir)
@@ -166,12 +175,14 @@ class Shipper:
             return None
         from mlflow import MlflowClient
 
+        limit_answers()
         uri = tracking_uri(self.run_dir.parent, self.config.tracking_uri)
         with opening(uri, self.run_dir.parent) as missing:
             if missing:  # made aside: killed half-way, a store that is there would be broken for ever
                 aside = missing.with_suffix(".new")
                 aside.unlink(missing_ok=True)
-                MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+                MlflowClient(sqlite_url(aside)).search_experiments(max_results=1)
+                allow_as_umask(aside)
                 aside.rename(missing)
             client = MlflowClient(uri)
             experiment = self._experiment(client, uri)
@@ -220,6 +231,7 @@ def sync(run_dir: Path | str, config: TrackConfig | None = None, tries: int = 4)
     if not path.is_file():
         raise UserError(f"{run_dir}: no {journal.FILE_NAME} in it; give the directory of one run, such as runs/NAME")
     shipper, error = Shipper(path.parent, config), None
+    began, sent = time.monotonic(), 0
     try:
         with FileLock(path.parent / LOCK_NAME, timeout=2):
             for pause in range(tries):
@@ -231,8 +243,11 @@ def sync(run_dir: Path | str, config: TrackConfig | None = None, tries: int = 4)
                     break
                 except Exception as failure:
                     error = brief(failure)
+                    if shipper.sent == sent and time.monotonic() - began > longest_call():
+                        break  # it hangs, and would again
+                    began, sent = time.monotonic(), shipper.sent
     except Timeout:
-        error = "another process is copying this run at this moment, and will finish it"
+        error = "another process is copying this run at this moment; what it leaves, the same command sends later"
     state = State.load(path.parent)
     return Summary(state.run_id, shipper.sent, unsent(path.parent), state.wanted()[0], error)
 

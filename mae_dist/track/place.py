@@ -7,13 +7,14 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock
 
 from mae_dist.track import TrackConfig, journal, state
 
 PARENT = "mae_dist.parent_dir"  # tag: the directory of the run that this one belongs to; nested under it in MLflow
+DRIVER = "sqlite+pysqlite"  # for `sqlite` itself MLflow makes the directory, by its name as quoted
 ENVIRONMENT = {  # MLflow's own defaults block a call for four minutes when a server is down
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -25,7 +26,21 @@ ENVIRONMENT = {  # MLflow's own defaults block a call for four minutes when a se
 
 def tracking_uri(runs_dir: Path, configured: str | None = None) -> str:
     """Where the runs of `runs_dir` are kept: the environment's place, else the configured one, else sqlite in there."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or configured or sqlite_url(runs_dir.resolve() / "mlflow.db")
+
+
+def sqlite_url(path: Path) -> str:
+    """What SQLAlchemy takes for a file, whatever its name: `?` begins options, and 2.1 decodes `%41`, 2.0 does not."""
+    if not {"?", "%"} & set(str(path)):
+        return f"sqlite:///{path}"
+    name = quote(str(path)) if _decodes() else f"file:{quote(str(path))}?uri=true"
+    return f"{DRIVER}:///{name}"
+
+
+def _decodes() -> bool:
+    from sqlalchemy.engine import make_url  # slow, and needed for such names only
+
+    return make_url("sqlite:////%41").database == "/A"
 
 
 def is_server(uri: str) -> bool:
@@ -42,7 +57,9 @@ def opening(uri: str, runs_dir: Path) -> Iterator[Path | None]:
     if is_server(uri):
         yield None
         return
-    name = uri.partition("sqlite:///")[2].partition("?")[0]
+    name = uri.replace(f"{DRIVER}:///", "sqlite:///").partition("sqlite:///")[2].partition("?")[0]
+    if "%" in name and (name.startswith("file:") or _decodes()):
+        name = unquote(name.removeprefix("file:"))
     file = Path(name).resolve() if name else None
     lock = file.with_suffix(".lock") if file else runs_dir / "mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError for a name that is none for a directory, and a number out of its range."""
-        if not self.name or self.name.startswith(".") or "/" in self.name:
+        if not self.name.isprintable() or not self.name or self.name.startswith(".") or "/" in self.name:
             raise UserError(f"train.name: {self.name!r} is not a name for a directory; write one such as vit_b16")
         check_numbers(self, "train.")
 

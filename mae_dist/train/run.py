@@ -1,5 +1,6 @@
 """From a config to a finished run: build everything, resume, train, and say how it ended."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -46,7 +47,7 @@ def pretrain(config: Config) -> int:
     step wherever it can be seen then, TrainingDiverged when numbers stay bad, and RankLost when another rank ended.
     """
     config.check()
-    config = config.with_epoch_size()
+    config = dataclasses.replace(config.with_epoch_size(), data=config.data.absolute())
     Ring.limit = 0.8 * config.train.timeout  # so that the rank whose workers stand still says so before others give up
     stop = StopRequest()
     code = 0
