@@ -21,6 +21,7 @@ from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
 
 OPEN_SHARDS = 1024  # at once
+LEAST_FILES = 256
 RESERVED = 512  # open files that are left for all else
 RANGES = 32  # samples of one shard that a process reads by ranges before it waits for the whole shard
 PAUSES = (0.5, 2, 8)  # seconds before a read that failed is tried again: file servers come back
@@ -242,11 +243,19 @@ def open_store(manifest: Manifest, cache: Cache | None = None) -> LocalStore | R
 
 
 def allow_open_files(count: int) -> int:
-    """Raise the soft limit of open files, 1024 on many systems, as far as needed and allowed; returns what it is."""
+    """Raise the soft limit of open files, 1024 on many systems, as far as needed and allowed; returns what it is.
+
+    Raises UserError where too few are allowed for a training or an evaluation.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft == resource.RLIM_INFINITY:
         return count
+    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+        raise UserError(
+            f"at most {hard} open files are allowed here, {LEAST_FILES} are needed (shards, workers, sockets); "
+            f"raise the hard limit: ulimit -n {LEAST_FILES}, in a container --ulimit nofile={LEAST_FILES}"
+        )
     if soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
     return max(soft, enough)

@@ -207,7 +207,7 @@ def main() -> int:
     engine = [f"--engine.name={given.engine}"] if given.engine else []
     engine += [f"--engine.zero_stage={given.zero}"] if given.zero is not None else []
     folder = given.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
-    kinds = [kind for kind in given.kinds if kind != "disk full" or can_mount()]
+    kinds = [kind for kind in given.kinds if kind not in ("disk full", "read-only") or can_mount()]
     halves = given.ranks % 2 == 0 and can_make_nodes() and not given.elastic
     kinds = [kind for kind in kinds if kind != "link cut" or halves]
     faults, failed = [], 0

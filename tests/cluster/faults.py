@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -107,6 +108,7 @@ def terminate_agent(scene: Scene) -> tuple[str, Deadly]:
 def fill_disk(scene: Scene) -> tuple[str, Deadly]:
     """Too little room for one more checkpoint, until the job has ended of it or passed by where one was due."""
     job, checkpoints = scene.job, scene.run / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
     size = max((path.stat().st_size for path in checkpoints.glob("step-*/model.safetensors")), default=200_000)
     room = max(0, shutil.disk_usage(checkpoints).free - scene.random.randrange(size))
     with suppress(OSError), (checkpoints / FILLER).open("wb", buffering=0) as file:
@@ -116,7 +118,20 @@ def fill_disk(scene: Scene) -> tuple[str, Deadly]:
     (checkpoints / FILLER).unlink()
     if "no checkpoint of step" not in job.log.read_text() and not job.ended():
         raise Missed
-    return f"{left} bytes free in checkpoints/", job.ended()
+    return f"{left} bytes free in the run's directory", job.ended()
+
+
+def read_only(scene: Scene) -> tuple[str, Deadly]:
+    """The run's directory takes no new file for a while, as after an error of its disk; what is open is written."""
+    job, where = scene.job, str(scene.run)
+    subprocess.run(["mount", "--bind", where, where], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", where], check=True)
+    passed = len(job.steps()) + SAVE_EVERY + scene.random.randint(1, 5)
+    await_true(lambda: job.ended() or len(job.steps()) >= passed)
+    subprocess.run(["umount", "--lazy", where], check=True)
+    if "Read-only file system" not in job.log.read_text() and not job.ended():
+        raise Missed
+    return "the run's directory read-only", job.ended()
 
 
 def stop_mlflow(scene: Scene) -> tuple[str, Deadly]:
@@ -169,6 +184,7 @@ KINDS: dict[str, Callable[[Scene], tuple[str, Deadly]]] = {
     "term rank": terminate_rank,
     "term agent": terminate_agent,
     "disk full": fill_disk,
+    "read-only": read_only,
     "mlflow gone": stop_mlflow,
     "twice": start_twice,
     "link cut": cut_link,

@@ -20,7 +20,7 @@ STEPS, BATCH, SAVE_EVERY, HELD_OUT, SEED = 60, 12, 5, 1, 0  # 40 images: batches
 PEAK_LR, WARMUP_EPOCHS = 1e-3, 0.5  # as TINY has them
 PATIENCE_S = 100.0  # a job that has not ended by then after a deadly fault never will
 TIMEOUT_S = 8  # of a collective, where a cable is cut
-TMPFS = "8m"  # about eleven checkpoints
+TMPFS = "8m"  # about eleven checkpoints, or fewer and the rest of a run's directory
 
 
 @dataclass
@@ -82,10 +82,10 @@ class Scene:
     @contextmanager
     def ready(self, kinds: Sequence[str]) -> Iterator[None]:
         """What these kinds need is there; at the end nothing is, not even a process."""
-        checkpoints = self.run / "checkpoints"
-        checkpoints.mkdir(parents=True)
-        if "disk full" in kinds:
-            mount(checkpoints)
+        self.run.mkdir(parents=True)
+        small = bool({"disk full", "read-only"} & set(kinds))
+        if small:
+            mount(self.run)
         stack = ExitStack()
         try:
             if "link cut" in kinds:
@@ -102,8 +102,8 @@ class Scene:
             stack.close()
             if self.server:
                 self.server.stop()
-            if "disk full" in kinds:
-                subprocess.run(["umount", "--lazy", checkpoints], check=True)
+            if small:
+                subprocess.run(["umount", "--lazy", self.run], check=True)
 
     def await_steps(self, count: int) -> bool:
         """Whether the job got that far into its attempt; it may have ended before."""
