@@ -22,7 +22,7 @@ def labels_of(source: Source) -> Ints:
     if isinstance(source, SubsetSource):
         return labels_of(source.source)[source.kept]
     manifest = manifest_of(source)
-    tables = [np.load(manifest.index_path(shard), mmap_mode="r")[:, 2] for shard in range(len(manifest.shards))]
+    tables = [manifest.table(shard)[:, 2] for shard in range(len(manifest.shards))]
     labels = np.concatenate(tables).astype(np.int64)
     if labels.min() < 0:
         raise UserError(

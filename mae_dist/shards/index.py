@@ -8,20 +8,18 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mae_dist.errors import UserError
+from mae_dist.local import write_file
 from mae_dist.shards import remote
 from mae_dist.shards.folders import kind_of, only_once
 from mae_dist.shards.inputs import recognise
 from mae_dist.shards.labels import of_unlabelled
-from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, index_name
+from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, check_table, index_name, table_bytes
 from mae_dist.shards.notes import EMPTY, Notes
 from mae_dist.shards.patterns import places as expand_all
 from mae_dist.shards.processes import in_order
@@ -38,8 +36,8 @@ class Scan:
     """What one pass over a shard found."""
 
     shard: Shard
-    rows: NDArray[np.int64]
-    """(count, 3): offset, length, label of each image."""
+    table: bytes
+    """Its index: offset, length, label of each image."""
     notes: Notes
     """What of it is not used."""
 
@@ -56,10 +54,11 @@ def scan(place: str) -> Scan:
                 notes.add(EMPTY, sample.image.name)
             elif sample.image:
                 rows.append((sample.image.offset, sample.image.size, sample.label))
+        table = table_bytes(rows)
+        shard = Shard.of(digested, place, table)
     if not rows:
         raise BadTar("; ".join((f"holds no images ({', '.join(SUFFIXES)})", *notes.lines())))
-    shard = Shard(place, len(rows), digested.num_bytes, digested.sha256.hexdigest(), md5=digested.md5.hexdigest())
-    return Scan(shard, np.array(rows, dtype=np.int64), notes)
+    return Scan(shard, table, notes)
 
 
 @dataclass(frozen=True)
@@ -76,27 +75,61 @@ class Indexed:
 def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_bad: int = 0) -> Indexed:
     """Write `manifest.json` and a table for each shard into `out`.
 
-    `urls`: brace patterns of local paths, fsspec URLs or `pipe:` commands. `out`: None for local tars of one directory
-    means that directory. `max_bad`: how many broken shards to leave out. Raises UserError, listing the broken ones; the
-    same call again, or after a kill, reads only what is missing.
+    `urls`: brace patterns of local paths, fsspec URLs or `pipe:` commands; or one directory with a manifest, whose
+    tables and checksums are made anew from its shards. `out`: None for local tars of one directory means that
+    directory. `max_bad`: how many broken shards to leave out. Raises UserError, listing the broken ones; the same call
+    again, or after a kill, reads only what is missing.
     """
-    notes = Notes()
-    places = [tar for place in expand_all(urls) for tar in shards_at(place, notes)]
-    out = (out or directory_of(places)).absolute()
+    notes, before = Notes(), manifest_at(urls, out)
+    if before:
+        places, out = [before.place(i) for i in range(len(before.shards))], before.directory
+    else:
+        places = [tar for place in expand_all(urls) for tar in shards_at(place, notes)]
+        out = (out or directory_of(places)).absolute()
     twice = [place for place, times in Counter(places).items() if times > 1]
     if twice:
         raise UserError(f"{twice[0]}: given twice; name each shard once")
     only_once(Path(place) for place in places if not remote.is_remote(place))
-    if (out / FILE_NAME).exists():
-        raise UserError(f"{out / FILE_NAME}: already exists; remove it to index again, or write another --out DIR")
-    out.mkdir(parents=True, exist_ok=True)
     progress = out / f".index-{sha256(os.fsencode(chr(0).join(places))).hexdigest()[:16]}.jsonl"
-    done = recorded(progress)
+    if (out / FILE_NAME).exists() and not before and not progress.exists():  # else it was killed just before its end
+        raise UserError(
+            f"{out / FILE_NAME}: already exists; make it anew with: mae-dist index {out}, or write another --out DIR"
+        )
+    entries = [entry_of(*pair, out) for pair in zip(places, index_names(places), strict=True)]
+    manifest = before or Manifest(out, entries)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return scan_all(manifest, places, progress, workers, max_bad, bool(before), notes)
+    except OSError as error:  # of OUT: what is wrong with a shard is in its scan
+        raise UserError(f"{error}; start the same command again to go on, or write another --out DIR") from error
+
+
+def manifest_at(urls: Sequence[str], out: Path | None) -> Manifest | None:
+    """The manifest of the one directory that is to be indexed again; None for anything else."""
+    directory = Path(urls[0])
+    if len(urls) > 1 or remote.is_remote(urls[0]) or not (directory / FILE_NAME).is_file():
+        return None
+    if out and out.absolute() != directory.absolute():
+        raise UserError(f"--out {out}: {directory} has a manifest, which is made anew where it lies; leave --out away")
+    return Manifest.parse((directory / FILE_NAME).read_bytes(), directory.absolute(), urls[0], sealed=False)
+
+
+def entry_of(place: str, table: str, out: Path) -> Shard:
+    """The entry of a shard that nothing is known of yet."""
+    name = Path(place).name if place == str(out / Path(place).name) else place
+    return Shard(name, 0, 0, "", index="" if table == index_name(name) else table)
+
+
+def scan_all(
+    manifest: Manifest, places: Sequence[str], progress: Path, workers: int, max_bad: int, again: bool, notes: Notes
+) -> Indexed:
+    """Read the shards at `places`, write their tables and then the manifest. `again`: they must be what it says."""
+    done = recorded(progress, {place: manifest.index_path(i) for i, place in enumerate(places)})
     scans = in_order(scan_or_say, [place for place in places if place not in done], workers)
     shards, bad = [], []
-    with progress.open("w") as record, Progress(f"index {out}", len(places), unit="shards") as bar:
+    with progress.open("w") as record, Progress(f"index {manifest.directory}", len(places), unit="shards") as bar:
         record.writelines(json.dumps([asdict(shard), left]) + "\n" for shard, left in done.values())
-        for place, table in zip(places, index_names(places), strict=True):
+        for i, (place, entry) in enumerate(zip(places, manifest.shards, strict=True)):
             bar.update(1)
             if place in done:
                 shard, left = done[place]
@@ -105,17 +138,19 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
                 continue
             else:
                 shard, left = found.shard, found.notes
-                np.save(out / table, found.rows)
+                if again and shard.sha256 != entry.sha256:
+                    bad.append(f"{place}: not the shard that {FILE_NAME} means (its sha256 is another)")
+                    continue
+                write_file(manifest.index_path(i), found.table)
                 record.write(json.dumps([asdict(shard), left]) + "\n")
                 record.flush()
-            name = Path(place).name if place == str(out / Path(place).name) else place
-            shards.append(replace(shard, name=name, index="" if table == index_name(name) else table))
+            shards.append(replace(shard, name=entry.name, index=entry.index))
             notes.update_from(left)
     if bad and (len(bad) > max_bad or not shards):
         raise UserError(refusal(bad, len(places)))
-    manifest = Manifest(out, shards)
+    manifest = replace(manifest, shards=shards)
     manifest.save(keep_others=True)
-    progress.unlink()
+    progress.unlink(missing_ok=True)
     return Indexed(manifest, bad, of_unlabelled(notes, manifest.num_samples))
 
 
@@ -130,16 +165,19 @@ def shards_at(place: str, notes: Notes) -> list[str]:
     return source.containers
 
 
-def recorded(progress: Path) -> dict[str, tuple[Shard, Notes]]:
+def recorded(progress: Path, tables: Mapping[str, Path]) -> dict[str, tuple[Shard, Notes]]:
     """By place, what an `index` of the same places that did not end well has done already; not what changed since."""
-    lines = progress.read_text().splitlines(keepends=True) if progress.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {
-        shard["name"]: (Shard(**shard), Notes(*notes))
-        for shard, *notes in entries
-        if all(isinstance(part, dict) for part in notes)  # else an earlier version's
-        and not resized(shard["name"], shard["num_bytes"])
-    }
+    found = {}
+    for line in progress.read_bytes().splitlines() if progress.exists() else ():
+        try:
+            entry, left = json.loads(line)
+            shard = Shard(**entry)
+            check_table(tables[shard.name].read_bytes(), shard)
+        except (ValueError, TypeError, KeyError, OSError):  # torn, or of an earlier version, or its table is
+            continue
+        if shard.index_sha256 and not resized(shard.name, shard.num_bytes):
+            found[shard.name] = shard, Notes(left)
+    return found
 
 
 def resized(place: str, num_bytes: int) -> bool:

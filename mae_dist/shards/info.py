@@ -52,7 +52,7 @@ def describe(manifest: Manifest) -> str:
 
     def labels() -> Iterator[NDArray[np.int64]]:  # one shard in memory at a time
         for i in range(len(manifest.shards)):
-            table = np.load(manifest.index_path(i))
+            table = manifest.table(i)
             lengths.append(table[::step, 1].copy())
             yield table[:, 2]
 

@@ -1,13 +1,14 @@
 """A manifest that lies elsewhere: it and its indexes are copied into the cache, once a node; the shards stay there."""
 
-import dataclasses
 import hashlib
-import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+from mae_dist.local import write_file
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, locked
 from mae_dist.shards.download import persist
@@ -17,10 +18,21 @@ THREADS = 32  # small files: what takes time is the way
 
 
 def load_manifest(directory: str, cache: Cache | None = None, check: bool = True) -> Manifest:
-    """`Manifest.load` of a local directory or of an fsspec URL. Raises UserError as that does.
+    """`Manifest.load` of a local directory or of an fsspec URL, and this rank's share of the tables is looked at.
 
-    `cache`: for what lies elsewhere; None for the default one.
+    `cache`: for what lies elsewhere; None for the default one. Says once what has no checksums. Raises UserError.
     """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    manifest = _local(directory, cache, check)
+    if not manifest.is_sealed and rank == 0:
+        index = f"; mae-dist index {directory} adds them" if not remote.is_remote(directory) else ""
+        print(f"note: {directory} was made before manifests had checksums{index}", file=sys.stderr, flush=True)
+    for shard in range(rank, len(manifest.shards), world_size) if check else ():
+        manifest.table(shard)
+    return manifest
+
+
+def _local(directory: str, cache: Cache | None, check: bool) -> Manifest:
     if not remote.is_remote(directory):
         return Manifest.load(directory, check)
     cache = cache or Cache()
@@ -36,29 +48,29 @@ def load_manifest(directory: str, cache: Cache | None = None, check: bool = True
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             _copy(directory, place, text, aside, cache)
+            here = Manifest.load(aside)
+            for shard in range(len(here.shards)):
+                here.table(shard)
             aside.rename(copy)
     return Manifest.load(copy)
 
 
 def _copy(directory: str, place: str, text: bytes, into: Path, cache: Cache) -> None:
-    shards = Manifest.parse(text, into, place).shards
+    manifest = Manifest.parse(text, into, place)
+    shards = manifest.shards
     names = [Path(shard.index or index_name(shard.name)).name for shard in shards]
 
     def fetch(name: str) -> None:
         there = remote.join(directory, name)
-        with (into / name).open("wb") as file:
-            file.write(persist(lambda: _whole(there), there, cache.counters))
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(into / name, persist(lambda: _whole(there), there, cache.counters))
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(fetch, names))
-    listing = json.loads(text)
-    listing["shards"] = [
-        dataclasses.asdict(dataclasses.replace(shard, name=remote.join(directory, shard.name), index=name))
+    here = [
+        replace(shard, name=remote.join(directory, shard.name), index=name)
         for shard, name in zip(shards, names, strict=True)
     ]
-    (into / FILE_NAME).write_text(json.dumps(listing, indent=1) + "\n")
+    write_file(into / FILE_NAME, replace(manifest, shards=here).text())
 
 
 def _whole(place: str) -> bytes:

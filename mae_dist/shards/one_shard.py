@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import socket
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
+from mae_dist.local import fsync, staging, write_file
 from mae_dist.shards.convert import convert
 from mae_dist.shards.inputs import Reader
-from mae_dist.shards.manifest import Shard
-from mae_dist.shards.plan import Item, Plan, replace_whole, sync_directory
+from mae_dist.shards.manifest import Shard, table_bytes
+from mae_dist.shards.plan import Item, Plan
 from mae_dist.shards.publish import upload
 from mae_dist.shards.remote import is_remote
+from mae_dist.shards.tar import Digested
 
 OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
@@ -36,7 +35,7 @@ class Done:
 
     def save(self, path: Path) -> None:
         shard = vars(self.shard) if self.shard else None
-        replace_whole(path, json.dumps({"shard": shard, "images": self.images, "bad": self.bad}).encode())
+        write_file(path, json.dumps({"shard": shard, "images": self.images, "bad": self.bad}))
 
     @staticmethod
     def load(path: Path) -> "Done":
@@ -61,7 +60,7 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
     name = plan.shard_name(shard)
     tar_path, index_path = aside / "shards" / f"{name}.tar", aside / "shards" / f"{name}.idx.npy"
     # Two starts may write the same shard at once, from two machines: the same bytes under names of their own.
-    unfinished = aside / "plan" / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    unfinished = staging(aside / "plan" / tar_path.name)
     items = plan.items(shard)
     done_path(aside, plan, shard).unlink(
         missing_ok=True
@@ -69,23 +68,21 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
     try:
         with unfinished.open("wb") as file:
             rows, bad = fill(file, plan, reader, items)
-        if not rows:
-            unfinished.unlink()
-            done = Done(None, len(items), bad)
-        else:
-            done = Done(Shard.of(unfinished, tar_path.name, len(rows)), len(items), bad)
-            content = io.BytesIO()
-            np.save(content, np.array(rows, dtype=np.int64))
-            replace_whole(index_path, content.getvalue())
-            unfinished.rename(tar_path)
-            sync_directory(tar_path.parent)
+        done = Done(None, len(items), bad)
+        if rows:
+            table = table_bytes(rows)
+            with unfinished.open("rb") as file:
+                done = Done(Shard.of(Digested(file), tar_path.name, table), len(items), bad)
+            write_file(index_path, table)
+            fsync(unfinished)
+            unfinished.replace(tar_path)
+            fsync(tar_path.parent)
             if publish_to:
                 upload(tar_path, publish_to)
                 upload(index_path, publish_to)
                 tar_path.unlink()
-    except BaseException:
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
     done.save(done_path(aside, plan, shard))
     return done
 
@@ -93,7 +90,7 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
 def fill(
     file: BinaryIO, plan: Plan, reader: Reader, items: Sequence[Item]
 ) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """Write the tar and fsync it. Returns the index's rows (offset, length, label) and what was unreadable.
+    """Write the tar. Returns the index's rows (offset, length, label) and what was unreadable.
 
     Raises StorageFailed.
     """
@@ -113,8 +110,6 @@ def fill(
                 add(tar, f"{item.key}.cls", str(item.label).encode())
                 add(tar, f"{item.key}.txt", os.fsencode(plan.class_name(item.label)))
             tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
-    file.flush()
-    os.fsync(file.fileno())
     return rows, bad
 
 

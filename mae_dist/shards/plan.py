@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 
 from mae_dist import rng
 from mae_dist.errors import UserError
+from mae_dist.local import fsync, write_file
 from mae_dist.shards.convert import Conversion
 from mae_dist.shards.encoded import MAX_PIXELS
 from mae_dist.shards.inputs import Input
@@ -173,7 +173,9 @@ def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[P
     notes = of_unlabelled(notes, 0 if recipe.labels else len(ends))
     plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad, notes)
     content = {key: value for key, value in asdict(plan).items() if key != "directory"}
-    replace_whole(directory / "plan.json", json.dumps(content, indent=1).encode())
+    for name in ("rows", "names", "ends.npy"):
+        fsync(directory / name)
+    write_file(directory / "plan.json", json.dumps(content, indent=1))
     return plan
 
 
@@ -211,22 +213,3 @@ def hashed_key(origin: str, container: int = -1) -> str:
     """A key for a path whose plain key is too long or not the only one of its kind, also among several tars."""
     digest = hashlib.sha256(os.fsencode(f"{container}/{origin}" if container >= 0 else origin)).hexdigest()[:16]
     return f"{plain_key(origin)[: MAX_KEY - 17]}-{digest}"
-
-
-def replace_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there, also after a power cut."""
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

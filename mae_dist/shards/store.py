@@ -11,13 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
-from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.manifest import TABLE_HEADER, Manifest
 from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
 
 OPEN_SHARDS = 1024  # at once
@@ -35,8 +33,7 @@ class Table:
     """The table of a shard, open. Read, not mapped: of a file that was cut short meanwhile a map is a fatal signal."""
 
     def __init__(self, path: Path):
-        self.path, self.first = path, np.load(path, mmap_mode="r").offset
-        self.file = os.open(path, os.O_RDONLY)
+        self.path, self.file = path, os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "file"):
@@ -44,7 +41,7 @@ class Table:
 
     def row(self, index: int) -> tuple[int, int, int]:
         """Offset, length and label of a sample. Raises OSError, and UserError where the table has no such row."""
-        data = os.pread(self.file, ROW.size, self.first + ROW.size * index)
+        data = os.pread(self.file, ROW.size, TABLE_HEADER + ROW.size * index)
         if len(data) < ROW.size:
             raise UserError(f"{self.path}: was cut short while in use; copy it again, or index the shards again")
         return ROW.unpack(data)
@@ -140,6 +137,7 @@ class LocalStore:
     def _open(self, shard: int) -> OpenShard:
         opened = self._shards.pop(shard, None)
         if opened is None:
+            self.manifest.look_at(shard)
             num_bytes = self.manifest.shards[shard].num_bytes
             opened = OpenShard(self.manifest.tar_path(shard), self.manifest.index_path(shard), num_bytes)
             if len(self._shards) == self.most:
@@ -211,6 +209,7 @@ class RemoteStore:
         whole = self.shards[shard]
         assert whole
         self.cache.touch(whole)
+        self.manifest.look_at(shard)
         return Table(self.manifest.index_path(shard))
 
 

@@ -5,10 +5,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.encoded import MAX_PIXELS, decode_all, open_image
 from mae_dist.shards.manifest import Manifest
@@ -67,11 +69,11 @@ def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
     problems: list[Problem] = []
     keys: list[str] = []
     say = lambda key, what: problems.append(Problem(place, key, what))  # noqa: E731
+    table = rows_of(manifest.index_path(i))
     try:
-        table = [tuple(row) for row in np.load(manifest.index_path(i)).tolist()]
-    except (OSError, ValueError) as error:
-        table = []
-        say("", f"its table {manifest.index_path(i).name} cannot be read: {error}")
+        manifest.table(i)
+    except UserError as error:
+        say("", f"its table cannot be used: {error}")
     rows: list[Row] = []
     try:
         with remote.open_stream(place) as stream:
@@ -100,6 +102,15 @@ def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
     if table and len(table) != shard.count:
         say("", f"its table has {len(table)} rows where the manifest says {shard.count}")
     return Checked(problems, np.array([hash_of(key) for key in keys], dtype=np.int64))
+
+
+def rows_of(index: Path) -> list[Row]:
+    """What a table says, whether it is the right one or not; nothing when it is none."""
+    with contextlib.suppress(Exception):  # np.load raises what it likes for bad bytes
+        table = np.load(index, allow_pickle=False)
+        if table.dtype == np.int64 and table.shape[1:] == (3,):
+            return [tuple(row) for row in table.tolist()]
+    return []
 
 
 def undecodable(data: bytes, max_pixels: int = MAX_PIXELS) -> str:

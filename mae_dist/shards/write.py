@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mae_dist.errors import UserError
+from mae_dist.local import fsync, write_file
 from mae_dist.shards.convert import Conversion
 from mae_dist.shards.inputs import recognise
-from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard
+from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, with_checksum
 from mae_dist.shards.notes import Notes
 from mae_dist.shards.one_shard import Done, already_done, write_shard
-from mae_dist.shards.plan import Plan, Recipe, make_plan, sync_directory
+from mae_dist.shards.plan import Plan, Recipe, make_plan
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.publish import is_empty, make_directory, named, read_if_there, upload
@@ -280,7 +281,7 @@ def finish(place: Place, plan: Plan, max_bad: int, part: tuple[int, int]) -> Man
 
 def write_list(path: Path, lines: Sequence[str]) -> None:
     """A line each; names as the file system has them, but for line breaks."""
-    path.write_text("".join(line.replace("\n", "\\n") + "\n" for line in lines), "utf-8", "surrogateescape")
+    write_file(path, "".join(line.replace("\n", "\\n") + "\n" for line in lines).encode(errors="surrogateescape"))
 
 
 def summary(out: str | Path) -> str:
@@ -296,6 +297,8 @@ def summary(out: str | Path) -> str:
 def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str]) -> Manifest:
     """All that lies in OUT beside the shards, and OUT. Done again, it does the same."""
     manifest = Manifest(place.shards, shards, plan.classes)
+    shards = [with_checksum(shard, manifest.index_path(i), Path(place.out)) for i, shard in enumerate(shards)]
+    manifest = replace(manifest, shards=shards)
     indexes = {manifest.index_path(i) for i in range(len(shards))}
     expected = indexes | {manifest.tar_path(i) for i in range(len(shards))}
     for path in place.shards.iterdir():
@@ -304,25 +307,23 @@ def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[st
     if bad:
         write_list(place.shards / BAD_NAME, bad)
     counts = {"stored": manifest.num_samples, "bad": len(bad), "left_out": plan.notes}
-    (place.shards / COUNTS_NAME).write_text(json.dumps(counts, indent=1) + "\n")
-    (place.shards / RECIPE_NAME).write_text(plan.recipe.text())
+    write_file(place.shards / COUNTS_NAME, json.dumps(counts, indent=1) + "\n")
+    write_file(place.shards / RECIPE_NAME, plan.recipe.text())
     manifest.save()
-    for path in set(place.shards.iterdir()) - expected:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     if place.remote:
         others = (path for path in place.shards.iterdir() if path not in indexes)
         for path in sorted(others, key=lambda path: path.name == FILE_NAME):  # the manifest last: then OUT is whole
             upload(path, place.out)
         return manifest
     out = Path(place.out)
-    sync_directory(place.shards)
     if place.inside:
         for path in sorted(place.shards.iterdir(), key=lambda path: path.name == FILE_NAME):  # the manifest last
+            if path.name == FILE_NAME:
+                fsync(out)
             path.rename(out / path.name)
     else:
         if out.exists():
             out.rmdir()
         place.shards.rename(out)
-    sync_directory(place.aside.parent)
+    fsync(place.aside.parent)
     return Manifest(out, shards, plan.classes)

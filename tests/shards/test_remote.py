@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,10 +151,8 @@ def test_samples_of_shards_that_have_not_arrived_are_read_by_ranges_so_often_and
 def test_a_command_has_no_ranges_and_is_waited_for(shards, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
-    listing = json.loads((copy / "manifest.json").read_text())
-    for shard in listing["shards"]:
-        shard["name"] = f"pipe:cat {shards}/{shard['name']}"
-    (copy / "manifest.json").write_text(json.dumps(listing))
+    manifest = Manifest.load(copy)
+    replace(manifest, shards=[replace(s, name=f"pipe:cat {shards}/{s.name}") for s in manifest.shards]).save()
     made = stream(copy, tmp_path / "cache", workers=1)
     batches = iter(made)
     assert_same(take(batches, 2), take(iter(stream(shards)), 2))
@@ -185,9 +184,8 @@ def test_a_remote_manifest_is_copied_once_and_again_when_it_changes(shards, tmp_
     for _ in range(2):
         assert stream(server.url, tmp_path / "cache").views.source.digest == Manifest.load(shards).digest
     assert len([name for name, _, _ in server.requests if name.endswith(".npy")]) == 5
-    listing = json.loads((shards / "manifest.json").read_text())
-    listing["shards"] = listing["shards"][:3]
-    (tmp_path / "served" / "manifest.json").write_text(json.dumps(listing))
+    fewer = replace(Manifest.load(shards), shards=Manifest.load(shards).shards[:3])
+    (tmp_path / "served" / "manifest.json").write_text(fewer.text())
     assert len(stream(server.url, tmp_path / "cache").views.source.counts) == 3
     server.stop()
 
