@@ -20,7 +20,7 @@ from mae_dist.shards.folders import kind_of, only_once
 from mae_dist.shards.inputs import recognise
 from mae_dist.shards.labels import of_unlabelled
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, check_table, index_name, table_bytes
-from mae_dist.shards.notes import EMPTY, Notes
+from mae_dist.shards.notes import EMPTY, UNLISTED, Notes
 from mae_dist.shards.patterns import places as expand_all
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
@@ -83,6 +83,8 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     notes, before = Notes(), manifest_at(urls, out)
     if before:
         places, out = [before.place(i) for i in range(len(before.shards))], before.directory
+        for tar in sorted({str(path) for path in out.glob("[!.]*.tar")} - {*places}):
+            notes.add(UNLISTED, tar)
     else:
         places = [tar for place in expand_all(urls) for tar in shards_at(place, notes)]
         out = (out or directory_of(places)).absolute()

@@ -7,6 +7,7 @@ HIDDEN = "hidden files or folders"
 AGAIN = "folders that lead to one read already"
 WITHOUT_IMAGE = "samples without an image"
 EMPTY = "images of no bytes"
+UNLISTED = "tars that manifest.json does not list"
 DOTTED = "images with dots in their names, each one taken"
 SHOWN, KINDS = 20, 200
 

@@ -310,7 +310,7 @@ def test_a_command_that_falls_silent_is_a_broken_shard(shards, tmp_path, monkeyp
     [
         (["{shards}/train-00000.tar"], "manifest.json: already exists"),
         (["{shards}/train-00000.tar", "pipe:true"], "write --out DIR"),
-        (["{shards}/train-00000.tar", "{shards}/train-00000.tar", "--out", "{out}"], "given twice"),
+        (["{shards}/train-00000.tar", "{shards}/train-00000.tar", "--out", "{out}"], "twice"),
         ([], "required: urls"),
     ],
 )
