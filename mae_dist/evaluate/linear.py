@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from mae_dist.data import Batch
 from mae_dist.engine import World
+from mae_dist.errors import UserError
 from mae_dist.evaluate.features import Extract, extractor
 from mae_dist.evaluate.lars import LARS
 from mae_dist.evaluate.learner import Learner
-from mae_dist.evaluate.options import LinearConfig
+from mae_dist.evaluate.options import LinearConfig, SweepConfig
 from mae_dist.evaluate.supervised import load, train
 from mae_dist.evaluate.sweep import EPS, first_weight, sweep
 
@@ -78,7 +79,11 @@ def linear(arguments: Sequence[str]) -> int:
     rest = [word for word in arguments if word != "--sweep"]
     pretrained, config = load(LinearConfig, "linear", rest, batch=16384, epochs=90)
     if len(rest) < len(arguments):
+        if config.optim.lr is not None:
+            raise UserError(f"optim.lr: {config.optim.lr}, but --sweep tries the rates of sweep.blrs; leave it out")
         return sweep(pretrained, config)
+    if config.sweep != SweepConfig():
+        raise UserError("sweep: set, but this is no sweep; add --sweep, or leave the section out")
 
     def make(world: World, num_classes: int, accumulate: int) -> LinearProbe:
         kind = "untrained" if config.network.init == "none" else "pretrained"

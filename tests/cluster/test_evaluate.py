@@ -169,6 +169,9 @@ def handlers():
         (["finetune", "RUN", "--train.global_batch_size=9"], "even"),
         (["finetune", "RUN", "--per-class=100"], "class 0 has only"),
         (["linear", "RUN", "--train.knn_every=1"], "is for pretraining"),
+        (["linear", "RUN", "--sweep.held_out=0.5"], "sweep: set, but this is no sweep"),
+        (["linear", "RUN", "--sweep", "--optim.lr=0.5"], "optim.lr: 0.5, but --sweep tries"),
+        (["finetune", "RUN", "--per-class=2", "--fraction=0.5"], "leave one of them out"),
     ],
 )
 def test_mistakes_are_said_in_a_line(pretrained, arguments, says, handlers):
