@@ -80,11 +80,12 @@ def views(place: str, config: Config) -> Tensor:
     """An image file, or the first images of a directory of shards, local or an fsspec URL: (n, C, H, W) uint8."""
     if Path(place).is_dir() or (remote.is_remote(place) and not is_image(place)):
         cache = Cache(config.data.cache_dir, config.data.cache_bytes)
-        source = ShardSource(load_manifest(place, cache), config.model.in_chans, cache)
+        how = config.model.in_chans, cache, config.data.decoder, config.data.max_pixels
+        source = ShardSource(load_manifest(place, cache), *how)
         return first_images(source, config)[0]
     try:
         with remote.open_stream(place) as file:
-            pixels = decode(file.read(), config.model.in_chans)
+            pixels = decode(file.read(), config.model.in_chans, max_pixels=config.data.max_pixels)
     except Exception as error:  # decoders raise what they like for bad bytes
         raise UserError(f"{place}: cannot be read as an image: {error}") from error
     return centre(pixels, config.model.height_width, config.data)[None]

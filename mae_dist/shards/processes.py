@@ -80,9 +80,13 @@ def killed(workers: int) -> UserError:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("forkserver"), initializer=_live_and_die_with_parent
-    )
+    context = multiprocessing.get_context("forkserver")
+    try:
+        return ProcessPoolExecutor(workers, context, initializer=_live_and_die_with_parent)
+    except OSError as error:  # of a semaphore
+        raise UserError(
+            f"/dev/shm: {error.strerror}: processes need a few bytes there; make room, or write --workers 1"
+        ) from error
 
 
 def _live_and_die_with_parent() -> None:

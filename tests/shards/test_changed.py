@@ -15,6 +15,7 @@ from mae_dist.shards import store as stores
 from mae_dist.shards.cache import Cache
 from mae_dist.shards.download import Wanted
 from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.processes import in_order
 from mae_dist.shards.store import LocalStore
 
 SIZE = (16, 16)
@@ -120,3 +121,12 @@ def test_a_cached_shard_that_was_cut_short_is_fetched_again(tmp_path):
     assert cache.read(wanted, 996, 4) == np.int32(249).tobytes()
     os.truncate(tmp_path / wanted.name, 999)
     assert cache.read(wanted, 0, 4) is None and not cache.has(wanted)
+
+
+def test_no_room_for_semaphores_is_said_by_name(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(UserError, match=r"/dev/shm: No space left on device: .* or write --workers 1"):
+        list(in_order(abs, [1, 2], 2))
