@@ -16,11 +16,12 @@ from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
 from mae_dist.shards.manifest import TABLE_HEADER, Manifest
-from mae_dist.shards.tar import BLOCK, BadTar, check_header, own_name
+from mae_dist.shards.tar import BLOCK, LONG_NAME, PAX, BadTar, check_header, extension, number, own_name, text
 
 OPEN_SHARDS = 1024  # at once
 LEAST_FILES = 256
 RESERVED = 512  # open files that are left for all else
+HEADERS = 8 * BLOCK  # bytes before a file's own that are looked at for its name
 RANGES = 32  # samples of one shard that a process reads by ranges before it waits for the whole shard
 PAUSES = (0.5, 2, 8)  # seconds before a read that failed is tried again: file servers come back
 ROW = struct.Struct("<3q")
@@ -69,9 +70,10 @@ class OpenShard:
             raise self._changed(f"has no image of {length} bytes at byte {offset}, as its table says")
         return data, label
 
-    def header(self, index: int) -> bytes:
-        """The tar header before a sample's bytes."""
-        return os.pread(self.file, BLOCK, self.table.row(index)[0] - BLOCK)
+    def headers(self, index: int) -> bytes:
+        """The blocks of the tar before a sample's bytes, `before` them."""
+        start, end = before(self.table.row(index)[0])
+        return os.pread(self.file, end - start, start)
 
     def _changed(self, how: str) -> UserError:
         return UserError(
@@ -118,7 +120,7 @@ class LocalStore:
 
     def key(self, shard: int, index: int) -> str:
         """A sample's key; empty where the header before its bytes does not say it."""
-        return key_in(self._patiently(shard, lambda opened: opened.header(index)))
+        return key_in(self._patiently(shard, lambda opened: opened.headers(index)))
 
     def _patiently(self, shard: int, action: Callable[[OpenShard], T]) -> T:
         for pause in (*PAUSES, None):
@@ -196,11 +198,11 @@ class RemoteStore:
         whole = self.shards[shard]
         if whole is None:
             return self.local.key(shard, index)
-        offset = self._table(shard).row(index)[0]
-        header = self.cache.read(whole, offset - BLOCK, BLOCK)
-        if header is None and self._may_range(whole, shard):
-            header = remote.read_range(whole.place, offset - BLOCK, offset)
-        return key_in(header or b"")
+        start, end = before(self._table(shard).row(index)[0])
+        headers = self.cache.read(whole, start, end - start)
+        if headers is None and self._may_range(whole, shard):
+            headers = remote.read_range(whole.place, start, end)
+        return key_in(headers or b"")
 
     def _may_range(self, whole: Wanted, shard: int) -> bool:
         return self.has_ranges and self.ranged[shard] < RANGES and not whole.place.startswith(remote.PIPE)
@@ -213,16 +215,38 @@ class RemoteStore:
         return Table(self.manifest.index_path(shard))
 
 
-def key_in(header: bytes) -> str:
-    """The key of the file that a tar header is of: up to the first dot of its name, as for webdataset."""
-    if len(header) != BLOCK:  # a server without ranges sends the whole shard
+def before(offset: int) -> tuple[int, int]:
+    """Where the headers of the file at `offset` of a tar lie: its own, and one of its name when that is long."""
+    return max(0, offset - HEADERS), offset
+
+
+def key_in(headers: bytes) -> str:
+    """The key of a file, up to the first dot of its name, as for webdataset. `headers`: the blocks before its bytes.
+
+    Empty where they do not say it.
+    """
+    own = headers[-BLOCK:]
+    if len(headers) > HEADERS or len(own) < BLOCK:  # a server without ranges sends the whole shard
         return ""
     try:
-        check_header(header, 1)
+        check_header(own, 1)
     except BadTar:
         return ""
-    folder, slash, name = own_name(header).rpartition("/")
+    folder, slash, name = (_long_name(headers[:-BLOCK]) or own_name(own)).rpartition("/")
     return folder + slash + name.partition(".")[0]
+
+
+def _long_name(blocks: bytes) -> str:
+    """What an extension header at the end of these blocks says the next file is called; empty when there is none."""
+    for start in range(len(blocks) - 2 * BLOCK, -1, -BLOCK):
+        header, data = blocks[start : start + BLOCK], blocks[start + BLOCK :]
+        if header[156:157] in (LONG_NAME, *PAX):
+            with suppress(BadTar):
+                check_header(header, 1)
+                size = number(header[124:136])
+                if size + -size % BLOCK == len(data):
+                    return text(extension(header[156:157], data[:size], 0).get(b"path", b""))
+    return ""
 
 
 def wanted(manifest: Manifest) -> list[Wanted | None]:

@@ -99,8 +99,8 @@ class Shipper:
         for i in range(0, len(points), BATCH_METRICS):
             with bounded():
                 client.log_batch(self.state.run_id, metrics=points[i : i + BATCH_METRICS], synchronous=True)
-        tags = [RunTag(key, value) for key, value in (batch.tags | nested).items() if value]
-        params = [Param(key, value) for key, value in batch.params.items()]
+        tags = [RunTag(key, as_utf8(value)) for key, value in (batch.tags | nested).items() if value]
+        params = [Param(key, as_utf8(value)) for key, value in batch.params.items()]
         try:
             with bounded():
                 client.log_batch(self.state.run_id, tags=tags, synchronous=True)
@@ -205,14 +205,15 @@ class Shipper:
             "mlflow.source.name": "mae-dist",
             "mlflow.source.type": "LOCAL",
         }
+        tags, name = {key: as_utf8(value) for key, value in tags.items()}, as_utf8(self.run_dir.name)
         began = int(float(first.get("time", time.time())) * 1000)
-        return client.create_run(experiment, start_time=began, tags=tags, run_name=self.run_dir.name).info.run_id
+        return client.create_run(experiment, start_time=began, tags=tags, run_name=name).info.run_id
 
     def _experiment(self, client: "MlflowClient", uri: str) -> str:
         """The experiment's id; it is made if need be, with its artifacts beside the runs unless a server keeps them."""
         from mlflow.exceptions import MlflowException
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.config.experiment
+        name = as_utf8(os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.config.experiment)
         found = client.get_experiment_by_name(name)
         if found is None:
             own = None if is_server(uri) else (self.run_dir.parent / "mlartifacts").as_uri()
@@ -285,6 +286,11 @@ def brief(error: Exception) -> str:
     """An error in one line: how it begins and ends, without passwords."""
     text = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {' '.join(str(error).split())}")
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
+
+
+def as_utf8(text: str) -> str:
+    """`text`, in which the name of a file need not be UTF-8, as MLflow takes it: with escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_there(client: "MlflowClient", run_id: str) -> bool:

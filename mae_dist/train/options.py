@@ -74,6 +74,9 @@ class TrainConfig:
         """Raise UserError for a name that is none for a directory, and a number out of its range."""
         if not self.name.isprintable() or not self.name or self.name.startswith(".") or "/" in self.name:
             raise UserError(f"train.name: {self.name!r} is not a name for a directory; write one such as vit_b16")
+        if str(self.run_dir).encode(errors="ignore").decode() != str(self.run_dir):
+            raise UserError(f"train.runs_dir, train.name: {str(self.run_dir)!r} is not UTF-8, and safetensors opens no "
+                            "such file; write another name")  # fmt: skip
         check_numbers(self, "train.")
 
     def accumulate(self, world_size: int, views: int = 1) -> int:

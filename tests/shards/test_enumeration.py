@@ -403,6 +403,19 @@ def test_names_need_not_be_text(tmp_path):
     assert both(tmp_path / f"{name}.tar", tmp_path) == sorted([(picture(1), -1), (picture(2), -1)])
 
 
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", ["caf\udce9", "café", "d" * 70 + "/" + "n" * 70, "n" * 130, "plain"])
+def test_the_key_of_a_sample_is_its_whole_name(tmp_path, form, name):
+    """Where the tar holds it in a header of its own too."""
+    with tarfile.open(tmp_path / "x.tar", "w", format=form) as made:
+        for i in range(2):
+            info = tarfile.TarInfo(f"{name}{i}.jpg")
+            info.size = len(picture(i))
+            made.addfile(info, io.BytesIO(picture(i)))
+    store = LocalStore(index([str(tmp_path / "x.tar")]).manifest)
+    assert [store.key(0, i) for i in range(2)] == [f"{name}0", f"{name}1"]
+
+
 AS_NOBODY = """
 import os, sys
 from mae_dist import cli

@@ -372,6 +372,14 @@ def test_params_that_changed_do_not_block(run_dir: Path, capsys: pytest.CaptureF
     assert "params refused" in capsys.readouterr().out
 
 
+def test_names_that_are_no_utf8_arrive_with_escapes(run_dir: Path) -> None:
+    opened = start_run(run_dir)
+    opened.write({"kind": "start", "step": 1, "params": {"shards": "caf\udce9"}})
+    end_run(opened)
+    assert sync(run_dir).error is None
+    assert run_of(run_dir).data.params["shards"] == "caf\\udce9"
+
+
 def test_an_error_of_the_server_is_no_refusal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     end_run(start_run(run_dir))
     whole = MlflowClient.log_batch
