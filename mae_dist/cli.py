@@ -152,14 +152,16 @@ def knn(arguments: Sequence[str]) -> int:
         "--seeds", type=whole(0), nargs="+", default=(0,), metavar="N", help="of that choice; the mean is shown (0)"
     )
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (the run's own)")
+    parser.add_argument("--img-size", type=size, metavar="N", help="resize the positions for N or HxW pixels")
     parser.add_argument("--data.max_bad_fraction", dest="max_bad", type=share_or_none, metavar="F",
                         help="share of the images that may be unreadable (the run's own)")  # fmt: skip
     given = vars(parser.parse_args(arguments))
     from mae_dist.evaluate.knn import Question
     from mae_dist.evaluate.knn import knn as evaluate
 
-    run, train, test, precision, bad = (given.pop(name) for name in ("run", "train", "test", "precision", "max_bad"))
-    if text := evaluate(run, train, test, Question(**given), precision, bad):
+    names = ("run", "train", "test", "precision", "max_bad", "img_size")
+    run, train, test, precision, bad, img_size = (given.pop(name) for name in names)
+    if text := evaluate(run, train, test, Question(**given), precision, bad, img_size):
         print(text)
     return 0
 

@@ -119,7 +119,7 @@ def test_a_mistake_on_the_command_line_is_named(arguments, says):
         (["--model.img_size=225"], "225x225 does not divide into patches of 16x16; the nearest size is 224x224"),
         (["--model.mask_ratio=1"], "model.mask_ratio"),
         (["--model.dec_heads=7"], "model.dec_heads: 7 heads do not divide dec_dim 384"),
-        (["--model.in_chans=4"], "data.mean: 3 values for 4 channels"),
+        (["--model.in_chans=4"], "model.in_chans: 4: images are read as grey or RGB; write 1 or 3"),
         (["--data.crop_scale=[0.5,0.2]"], "data.crop_scale"),
         (["--optim.betas=[0.9,1.0]"], "optim.betas"),
         (["--train.name=a/b"], "train.name"),

@@ -92,6 +92,7 @@ class DataConfig:
     def check(self, in_chans: int) -> None:
         """Raise UserError for what cannot be trained on."""
         check_numbers(self, "data.")
+        check_channels(in_chans)
         if not self.shards and not self.fake:
             raise UserError(
                 "data.shards: not set. Make shards once with: mae-dist shard IMAGES SHARDS, then add "
@@ -142,3 +143,9 @@ class DataConfig:
                 raise UserError("data.lanes, data.window: mode webdataset has no order to set; leave them out")
             if self.repeated_aug != 1:
                 raise UserError("data.repeated_aug: mode webdataset makes one view of a sample; leave it out")
+
+
+def check_channels(in_chans: int) -> None:
+    """Raise UserError for what images are not read as."""
+    if in_chans not in (1, 3):
+        raise UserError(f"model.in_chans: {in_chans}: images are read as grey or RGB; write 1 or 3")

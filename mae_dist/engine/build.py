@@ -2,7 +2,7 @@
 
 from mae_dist.engine.base import Engine, OptimConfig, Precision
 from mae_dist.engine.options import EngineConfig
-from mae_dist.engine.update import compile_blocks
+from mae_dist.engine.update import check_compiler, compile_blocks
 from mae_dist.engine.world import World
 from mae_dist.model import MAE
 
@@ -12,6 +12,7 @@ def build_engine(
 ) -> Engine:
     """The engine that `config` names, around `model`. Collective. Raises UserError when deepspeed is not installed."""
     if config.compile:
+        check_compiler(world.device)
         compile_blocks(model)
     if config.name == "deepspeed":
         from mae_dist.engine.deepspeed import DeepSpeedEngine

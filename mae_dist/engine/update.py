@@ -5,6 +5,8 @@ the norm, no waiting for the device, and an update that is skipped leaves weight
 for bit.
 """
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from mae_dist.engine.base import OptimConfig, Precision, StepResult
 from mae_dist.engine.world import World
+from mae_dist.errors import UserError
 
 FIRST_SCALE, GROW_AFTER = 2.0**16, 2000  # of the fp16 loss: doubled after so many good steps, halved on overflow
 
@@ -25,6 +28,25 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 def fused_adamw(groups: list[dict], optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would find no compiler at the first step (inductor's; on CUDA Triton's)."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+            return
+        except (InvalidCxxCompiler, OSError):
+            needed = "a C++ compiler (g++, or the one that CXX names)"
+    else:
+        given = os.environ.get("CC")
+        if any(map(shutil.which, [given] if given else ["gcc", "clang", "cc"])):
+            return
+        needed = "a C compiler (gcc, clang, or the one that CC names)"
+    raise UserError(f"engine.compile: needs {needed}, and finds none here; install one, or leave it out")
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """A run's checkpoint as a model to look at."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,10 @@ import torch
 from mae_dist import config as configs
 from mae_dist.config import Config
 from mae_dist.engine import load_weights
-from mae_dist.engine.state import WEIGHTS
-from mae_dist.errors import UserError
-from mae_dist.model import MAE
+from mae_dist.engine.state import WEIGHTS, load_tensors
+from mae_dist.errors import UserError, note
+from mae_dist.model import MAE, MAEConfig
+from mae_dist.model.sizes import at_size
 from mae_dist.train.checkpoint import COMMITTED, META, committed, problems
 from mae_dist.train.resume import CONFIG_FILE
 
@@ -40,12 +42,27 @@ class Pretrained:
 
     checkpoint: Path
     config: Config
+    own: MAEConfig | None = None
+    """The model as it was trained, where `config` has it at another size of images."""
 
     @staticmethod
     def find(path: Path) -> "Pretrained":
         """Of a run's directory (its newest) or of a checkpoint's. Raises UserError for neither."""
         checkpoint = newest_of(path).resolve()
         return Pretrained(checkpoint, load_config(checkpoint))
+
+    def at(self, img_size: int | tuple[int, int] | None) -> "Pretrained":
+        """The same for images of another size; None: as it is. Says how the positions are made for the new grid."""
+        if img_size is None:
+            return self
+        weights = load_tensors(self.checkpoint / WEIGHTS)
+        model, notes = at_size({"encoder.pos_embed": weights["encoder.pos_embed"]}, self.config.model, img_size)
+        note("; ".join(notes))
+        return Pretrained(self.checkpoint, dataclasses.replace(self.config, model=model), self.config.model)
+
+    def model(self) -> MAE:
+        """Raises UserError when the weights are damaged or another model's."""
+        return trained(self.checkpoint, self.config, self.own)
 
     @property
     def run_dir(self) -> Path:
@@ -83,9 +100,17 @@ def check_weights(checkpoint: Path) -> None:
         raise UserError(f"damaged checkpoint: {problem}; {instead}")
 
 
-def trained(checkpoint: Path, config: Config) -> MAE:
-    """The model of a checkpoint. Raises UserError when its weights are damaged or another model's."""
+def trained(checkpoint: Path, config: Config, own: MAEConfig | None = None) -> MAE:
+    """The model of a checkpoint. Raises UserError when its weights are damaged or another model's.
+
+    `own`: as it was trained, where `config` has it at another size of images.
+    """
     check_weights(checkpoint)
-    model = MAE(config.model)
+    model = MAE(own or config.model)
     load_weights(model, checkpoint)
+    if own:
+        weights = model.state_dict()
+        at_size(weights, own, config.model.img_size)
+        model = MAE(config.model)
+        model.load_state_dict(weights)
     return model.eval()

@@ -7,7 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dist import rng
-from mae_dist.evaluate.checkpoints import Pretrained, trained
+from mae_dist.errors import UserError
+from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.evaluate.options import NetworkConfig
 from mae_dist.model import MAE
 
@@ -49,7 +50,7 @@ def classifier(pretrained: Pretrained, network: NetworkConfig, num_classes: int,
     """
     torch.manual_seed(seed)
     known = network.init == "pretrained"
-    mae = trained(pretrained.checkpoint, pretrained.config) if known else MAE(pretrained.config.model)
+    mae = pretrained.model() if known else MAE(pretrained.config.model)
     vit: Any = mae.encoder
     vit.pos_embed.requires_grad_()
     if network.pool == "mean":  # as the official code: the norm comes after the mean, and is new
@@ -60,6 +61,11 @@ def classifier(pretrained: Pretrained, network: NetworkConfig, num_classes: int,
     vit.coins = Coins()
     for i, block in enumerate(vit.blocks):
         probability = network.drop_path * i / max(1, len(vit.blocks) - 1)
+        if probability and not hasattr(block, "drop_path1"):
+            raise UserError(
+                f"network.drop_path: {network.drop_path}: the parallel blocks of {pretrained.config.model.enc_name} "
+                "have no place for it; write 0"
+            )
         if probability:
             block.drop_path1, block.drop_path2 = (KeyedDropPath(probability, vit.coins, 2 * i + n) for n in (0, 1))
     return vit

@@ -22,7 +22,7 @@ from mae_dist.engine import World
 from mae_dist.engine.state import load_tensors, save_tensors
 from mae_dist.engine.update import autocast
 from mae_dist.errors import UserError
-from mae_dist.evaluate.checkpoints import Pretrained, trained, untrained
+from mae_dist.evaluate.checkpoints import Pretrained, untrained
 from mae_dist.evaluate.tracked import EVALUATIONS
 from mae_dist.local import make_directory, new_file
 from mae_dist.shards.progress import Progress
@@ -40,7 +40,7 @@ def extractor(kind: Kind, pool: Pool, encoder: Pretrained, device: torch.device)
     """
     if kind == "pixels":
         return lambda images: images.flatten(1)
-    model = trained(encoder.checkpoint, encoder.config) if kind == "pretrained" else untrained(encoder.config)
+    model = encoder.model() if kind == "pretrained" else untrained(encoder.config)
     model = model.to(device)
     return lambda images: pooled(model.encode(images), pool)
 

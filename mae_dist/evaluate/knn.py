@@ -124,17 +124,18 @@ def knn(
     question: Question,
     precision: Precision | None = None,
     max_bad_fraction: float | None = None,
+    img_size: int | tuple[int, int] | None = None,
 ) -> str:
     """The table of `mae-dist knn`, on all the processes of this world; rank 0 logs it as a child of the run."""
     question.check()
-    pretrained = Pretrained.find(run)
+    pretrained = Pretrained.find(run).at(img_size)
     config = evaluation_config(pretrained, train, test, precision, max_bad_fraction)
     track = track_of(pretrained)
     track.check()
     world = World.join()
     try:
         params = dataclasses.asdict(question) | {"shards": config.data.shards, "val_shards": config.data.val_shards}
-        params |= {"precision": config.train.precision}
+        params |= {"precision": config.train.precision} | ({"img_size": img_size} if img_size else {})
         step, sources = step_of(pretrained.checkpoint), labelled_sources(config)
         table = compare(pretrained, config, sources, world, question)
         if world.is_main:

@@ -1,5 +1,6 @@
 """One supervised update over all ranks, and its whole state: what linear probing and fine-tuning share."""
 
+import operator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from mae_dist.data import Batch
 from mae_dist.engine import StepResult, World
 from mae_dist.engine.base import Precision
-from mae_dist.engine.state import COUNTER, WEIGHTS, finite, first_broken, load_tensors, save_tensors
+from mae_dist.engine.state import COUNTER, WEIGHTS, check_finite, finite, first_broken, load_tensors, save_tensors
 from mae_dist.engine.update import Update, Updating, autocast
+from mae_dist.errors import UserError
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
 
@@ -110,8 +112,19 @@ class Learner(Updating):
         return [directory / name for name in self.state()]
 
     def read(self, directory: Path) -> None:
-        """The opposite of `write`."""
-        self.model.load_state_dict(load_tensors(directory / WEIGHTS))
+        """The opposite of `write`. Raises UserError, naming the key, where it is of another network."""
+        weights, ours = load_tensors(directory / WEIGHTS), self.model.state_dict()
+        wrong = ["network.pool"] * (("fc_norm.weight" in weights) != ("fc_norm.weight" in ours))
+        wrong += ["optim.ema"] * ((directory / AVERAGE).is_file() != bool(self.ema))
+        shapes = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, ours))
+        wrong += ["network.img_size, or the classes of the labels"] * (not wrong and operator.ne(*shapes))
+        if wrong:
+            raise UserError(
+                f"{directory}: trained with another {' and '.join(wrong)}, which cannot change in a run; write what it "
+                "was started with (config.yaml beside checkpoints/), or another --train.name"
+            )
+        check_finite(weights, directory)
+        self.model.load_state_dict(weights)
         if self.ema:
             self.ema.module.load_state_dict(load_tensors(directory / AVERAGE))
         places: dict[str, Any] = {name: p for p, name in self.named.items()}

@@ -38,7 +38,11 @@ class NetworkConfig:
     drop_path: float = 0.1
     """Stochastic depth of the last block; less for those before it, nothing for the first."""
 
-    RANGES: ClassVar = {"drop_path": "[0, 1)"}
+    img_size: int | tuple[int, int] | None = None
+    """Pixels a side, or (height, width), of the images; null: as pretrained. Fixed positions are recomputed for the new
+    grid, learned ones interpolated."""
+
+    RANGES: ClassVar = {"drop_path": "[0, 1)", "img_size": "[1, 65536]"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class ProbeConfig:
     pool: Pool = "cls"
     """The class token, as in the official code, or the mean of the patch tokens."""
 
-    RANGES: ClassVar = {}
+    img_size: int | tuple[int, int] | None = None
+    """Pixels a side, or (height, width), of the images; null: as pretrained. Fixed positions are recomputed for the new
+    grid, learned ones interpolated."""
+
+    RANGES: ClassVar = {"img_size": "[1, 65536]"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mae_dist.data import ShardSource
 from mae_dist.data.augment import centre
 from mae_dist.data.decode import decode
 from mae_dist.data.feed import Normalise
+from mae_dist.data.options import check_channels
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import load_config, newest_of, trained
 from mae_dist.evaluate.pca import pca_colours
@@ -38,6 +39,7 @@ class Viewer:
         """`images`: what `views` takes. Raises UserError for one unreadable, no checkpoint, or a wrong ratio."""
         checkpoint = newest_of(run)
         config = load_config(checkpoint)
+        check_channels(config.model.in_chans)
         if mask_ratio is not None:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, mask_ratio=mask_ratio))
         self.config: Config = config

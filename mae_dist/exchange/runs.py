@@ -1,6 +1,5 @@
 """Weights from elsewhere as a run of ours, at step 0: every command that takes a run takes it."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,11 @@ from mae_dist.errors import UserError
 from mae_dist.exchange.read import read
 from mae_dist.local import make_directory, new_directory
 from mae_dist.model import MAE, MAEConfig
-from mae_dist.model.positions import resized
-from mae_dist.model.sizes import check_fits, config_of, has_decoder
+from mae_dist.model.sizes import at_size, check_fits, config_of, has_decoder
 from mae_dist.ranges import check_numbers
 from mae_dist.train.checkpoint import digest, write_meta
 from mae_dist.train.options import TrainConfig
 from mae_dist.train.resume import CONFIG_FILE
-
-POSITIONS = {"encoder.pos_embed": "encoder", "dec_pos": "decoder"}
 
 
 def import_run(
@@ -114,19 +110,3 @@ def assumptions(state: Mapping[str, Tensor], config: MAEConfig, told: Mapping[st
         option = f"--{name.replace('_', '-')} N"
         notes.append(f"{name}: assumed {getattr(config, name)} by the width; otherwise write {option}")
     return notes
-
-
-def at_size(
-    weights: dict[str, Tensor], config: MAEConfig, img_size: int | tuple[int, int]
-) -> tuple[MAEConfig, list[str]]:
-    """Resize the position tables among `weights`, in place, to images of `img_size` pixels; the config and notes."""
-    changed = dataclasses.replace(config, img_size=img_size)
-    changed.check()
-    old, new = (tuple(side // config.patch_size for side in c.height_width) for c in (config, changed))
-    notes = []
-    for key, name in POSITIONS.items():
-        if key in weights:
-            weights[key], how = resized(weights[key], (old[0], old[1]), (new[0], new[1]))
-            grids = " -> ".join("x".join(map(str, grid)) for grid in (old, new))
-            notes.append(f"positions of the {name}: {how}" + ("" if how == "kept" else f", {grids}"))
-    return changed, notes

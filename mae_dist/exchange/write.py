@@ -16,12 +16,12 @@ from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import check_weights, load_config, newest_of
 from mae_dist.exchange.card import card, timm_sizes
 from mae_dist.exchange.read import CONFIG_KEY
-from mae_dist.exchange.runs import at_size
 from mae_dist.local import make_directory, new_directory, new_file, write_file
 from mae_dist.model import MAEConfig
 from mae_dist.model.architecture import differences, plain
 from mae_dist.model.formats import ENCODER_ONLY, convert
 from mae_dist.model.mae import build_encoder
+from mae_dist.model.sizes import at_size
 
 
 class Target(NamedTuple):

@@ -1,5 +1,6 @@
 """What a model must be, told by its weights: every size but the numbers of heads is a shape of some tensor."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mae_dist.errors import UserError
 from mae_dist.model.mae import MAE, MAEConfig
+from mae_dist.model.positions import resized
 from mae_dist.ranges import check_numbers
 
 ENCODERS = {  # width -> timm's name; another width is a ViT-B with changes
@@ -19,6 +21,7 @@ ENCODERS = {  # width -> timm's name; another width is a ViT-B with changes
     1024: "vit_large_patch16_224",
     1280: "vit_huge_patch14_224",
 }
+POSITIONS = {"encoder.pos_embed": "encoder", "dec_pos": "decoder"}
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 PAPERS_DECODER = {"dec_dim": 512, "dec_depth": 8, "dec_heads": 16}
 HEAD_WIDTH, DEC_HEAD_WIDTH = 64, 32  # of the paper's encoders (H/14 apart) and decoders
@@ -104,3 +107,19 @@ def check_fits(config: MAEConfig, images: int = 0) -> None:
             raise UserError(
                 f"{what} take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB; write {instead}"
             )
+
+
+def at_size(
+    weights: dict[str, Tensor], config: MAEConfig, img_size: int | tuple[int, int]
+) -> tuple[MAEConfig, list[str]]:
+    """Resize the position tables among `weights`, in place, to images of `img_size` pixels; the config and notes."""
+    changed = dataclasses.replace(config, img_size=img_size)
+    changed.check()
+    old, new = (tuple(side // config.patch_size for side in c.height_width) for c in (config, changed))
+    notes = []
+    for key, name in POSITIONS.items():
+        if key in weights:
+            weights[key], how = resized(weights[key], (old[0], old[1]), (new[0], new[1]))
+            grids = " -> ".join("x".join(map(str, grid)) for grid in (old, new))
+            notes.append(f"positions of the {name}: {how}" + ("" if how == "kept" else f", {grids}"))
+    return changed, notes

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mae_dist.engine import EngineConfig
+from mae_dist.engine.update import check_compiler
 from mae_dist.errors import UserError
 from tests.conftest import TINY
 
@@ -48,3 +50,18 @@ def test_the_package_needs_no_deepspeed_and_says_so_in_a_line(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: engine.name: deepspeed cannot be imported here (no")
     assert "pip install 'mae_dist[deepspeed]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_compilation_without_a_compiler_is_said_before_the_first_step(monkeypatch):
+    """As inductor looks for one: the command that CXX names, or g++."""
+    from torch._inductor import config, cpp_builder
+
+    check_compiler(torch.device("cpu"))
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(UserError, match=r"engine.compile: needs a C\+\+ compiler .* finds none"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(UserError, match=r"engine.compile: needs a C compiler"):
+        check_compiler(torch.device("cuda"))
+    cpp_builder.cpp_compiler_search.cache_clear()
