@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SEEDS ?= 1 2 3 4 5 6 7 8
 
-.PHONY: demo test test-all chaos mutants lint format clean
+.PHONY: demo test test-all chaos fuzz mutants lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mae-dist demo
@@ -23,6 +23,10 @@ test-all: test
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.cluster.chaos --seeds $(SEEDS) $(if $(ENGINE),--engine $(ENGINE)) $(if $(ZERO),--zero $(ZERO)) \
 		$(if $(ELASTIC),--elastic)
+
+# Inputs made wrong at random: COUNT of each kind, from seed FIRST on.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz --first $(or $(FIRST),0) --count $(or $(COUNT),1000)
 
 # Would the tests notice? One line of the product made wrong at a time, and the tests of `make test` that must fail.
 mutants: $(VENV)/.dev
