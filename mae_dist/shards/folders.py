@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mae_dist.errors import UserError
+from mae_dist.shards.encoded import shows_image
 from mae_dist.shards.notes import AGAIN, DOTTED, HIDDEN, Notes, other_files
-from mae_dist.shards.samples import hidden_part, is_image, shows_image, split_name
+from mae_dist.shards.samples import hidden_part, is_image, split_name
 from mae_dist.shards.tars import Piece
 
 KINDS = {

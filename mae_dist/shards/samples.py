@@ -4,7 +4,6 @@ It is webdataset's: the key ends at the first dot of a file's name, and files of
 has no plain `KEY.jpg` and nothing else that is plainly its own, the dots are taken for part of the names.
 """
 
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +11,6 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from PIL import Image
-
-from mae_dist.shards.encoded import FORMATS
 from mae_dist.shards.labels import decide, said_in
 from mae_dist.shards.notes import DOTTED, HIDDEN, WITHOUT_IMAGE, Notes, beside_image, suffix_kind
 from mae_dist.shards.tar import LABELS, BadTar, Member
@@ -47,15 +43,6 @@ class Sample:
 def is_image(name: str) -> bool:
     """By its suffix, whatever that says about the bytes."""
     return PurePosixPath(name).suffix[1:].lower() in SUFFIXES and not is_hidden(name)
-
-
-def shows_image(data: bytes) -> bool:
-    """Whether the bytes begin as an image does, be it whole or damaged."""
-    try:
-        Image.open(io.BytesIO(data), formats=FORMATS).close()
-    except Exception:  # decoders raise what they like for bad bytes
-        return False
-    return True
 
 
 def is_hidden(name: str) -> bool:

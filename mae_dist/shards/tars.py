@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
+from mae_dist.shards.encoded import shows_image
 from mae_dist.shards.notes import HIDDEN, Notes
 from mae_dist.shards.samples import (
     SUFFIXES,
@@ -16,7 +17,6 @@ from mae_dist.shards.samples import (
     add_file,
     is_hidden,
     samples_of,
-    shows_image,
     split_name,
 )
 from mae_dist.shards.samples import is_image as has_image_suffix

@@ -17,8 +17,6 @@ from mae_dist.data.decode import decode
 from mae_dist.shards import encoded
 from mae_dist.shards.convert import Conversion, convert
 from mae_dist.shards.encoded import PNG_START, open_image
-from mae_dist.shards.index import Sample
-from mae_dist.shards.tar import Member
 from mae_dist.shards.verify import undecodable
 
 RNG = np.random.default_rng(0)
@@ -53,8 +51,7 @@ def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
 
 def verdicts(data: bytes) -> list[str]:
     """What each reader says, empty where it takes the image: training, with two decoders; shard; verify."""
-    whole = Sample("key", Member("key.jpg", 512, data), -1)
-    said = [undecodable(whole)]
+    said = [undecodable(data)]
     for read in (
         lambda: decode(data),
         lambda: decode(data, decoder="pil"),
@@ -293,7 +290,7 @@ def test_the_stored_image_has_no_more_pixels_than_training_takes():
     assert convert(data, Conversion(max_pixels=120 * 90)) == (data, "jpg")
     with pytest.raises(ValueError, match=r"120 x 90 pixels, more than data.max_pixels 10799"):
         convert(data, Conversion(max_pixels=120 * 90 - 1))
-    assert "more than data.max_pixels 10799" in undecodable(Sample("key", Member("k.jpg", 512, data), -1), 120 * 90 - 1)
+    assert "more than data.max_pixels 10799" in undecodable(data, 120 * 90 - 1)
 
 
 @pytest.mark.parametrize(
