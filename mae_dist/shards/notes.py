@@ -9,6 +9,7 @@ WITHOUT_IMAGE = "samples without an image"
 EMPTY = "images of no bytes"
 UNLISTED = "tars that manifest.json does not list"
 DOTTED = "images with dots in their names, each one taken"
+NO_SUFFIX = "no suffix"
 SHOWN, KINDS = 20, 200
 
 
@@ -37,12 +38,13 @@ def suffix_kind(suffix: str) -> str:
     """A suffix (without its dot in front) as it is counted: numbers, queries and what is none are of one kind each."""
     word, query, _ = suffix.lower().partition("?")
     word = re.sub(r"\d+", "N", word) if "." in word or word[:1].isdigit() else word
-    return f".{word}{'?...' if query else ''}" if re.fullmatch(r"[\w.-]{1,20}", word, re.ASCII) else "no suffix"
+    return f".{word}{'?...' if query else ''}" if re.fullmatch(r"[\w.-]{1,20}", word, re.ASCII) else NO_SUFFIX
 
 
 def other_files(suffix: str) -> str:
     """The kind of files that are left out by their suffix."""
-    return f"{suffix_kind(suffix)} files, by their suffix"
+    kind = suffix_kind(suffix)
+    return "files without a known suffix" if kind == NO_SUFFIX else f"{kind} files, by their suffix"
 
 
 def beside_image(suffix: str) -> str:

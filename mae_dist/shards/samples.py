@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from mae_dist.shards.labels import decide, said_in
-from mae_dist.shards.notes import DOTTED, HIDDEN, WITHOUT_IMAGE, Notes, beside_image, suffix_kind
+from mae_dist.shards.notes import DOTTED, HIDDEN, NO_SUFFIX, WITHOUT_IMAGE, Notes, beside_image, suffix_kind
 from mae_dist.shards.tar import LABELS, BadTar, Member
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")  # of two in one sample, the first counts
@@ -88,7 +88,7 @@ def samples(archive: Iterable[Member], notes: Notes | None = None) -> Iterator[S
             elif member.name.lower().endswith(".tar"):
                 raise BadTar(f"holds tars (such as {member.name}); mae-dist shard reads those")
             elif not split_name(member.name)[1]:
-                notes.add(f"{WITHOUT_IMAGE} (no suffix)", member.name)  # readers pass over it
+                notes.add(f"{WITHOUT_IMAGE} ({NO_SUFFIX})", member.name)  # readers pass over it
             else:
                 yield member
 

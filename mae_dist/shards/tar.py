@@ -214,9 +214,9 @@ def check_end(stream: Stream) -> None:
 def check_header(header: bytes, at: int) -> None:
     """Raise BadTar unless the header's checksum is right, counted unsigned or, as old writers did, signed."""
     unsigned = sum(header) - sum(header[148:156]) + 8 * 32
-    signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
     try:
-        right = number(header[148:156]) in (unsigned, signed)
+        difference = unsigned - number(header[148:156])
+        right = not difference or difference == 256 * sum(byte > 127 for byte in header[:148] + header[156:])
     except BadTar:
         right = False
     if not right:

@@ -129,7 +129,7 @@ def scan_tar(where: TarRange, all_suffixes: bool = False) -> Piece:
             for member in members(Section(file.fileno(), where.start, where.end), wanted):
                 _take(member._replace(name=member.name.removeprefix("./")), where, groups, notes, bad, all_suffixes)
         except BadTar as error:
-            bad.append(f"{where.name}: {error}; what lies behind that is not read")
+            bad.append(f"{where.name}: {error}" + ("; what lies behind that is not read" if groups else ""))
     for sample in samples_of(sorted(groups.items()), notes, where.label):
         if sample.fault:
             bad.append(f"{where.name}: {sample.fault}")
