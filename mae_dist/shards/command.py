@@ -24,7 +24,7 @@ def shard(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("out", help="new directory for the shards, or an fsspec URL (s3://bucket/train)")
     parser.add_argument(
-        "--labels", metavar="FILE", help="labels of a flat directory or tar: LABEL or NAME LABEL a line"
+        "--labels", metavar="FILE", help="of a flat directory or tar: LABEL, or NAME LABEL, a line; or CSV"
     )
     number("--shard-size", type=whole(1), default=1000, help="images a shard (%(default)s)")
     parser.add_workers()
@@ -38,6 +38,8 @@ def shard(arguments: Sequence[str]) -> int:
     parser.add_argument("--exif-rotate", action="store_true", help="turn pixels upright (the official loader does not)")
     parser.add_argument("--all-suffixes", action="store_true",
                         help="take what begins as an image does, whatever it is called (.gif, none)")  # fmt: skip
+    parser.add_argument("--image-column", metavar="NAME", help="of parquet files (image)")
+    parser.add_argument("--label-column", metavar="NAME", help="of parquet files (label); none: no labels")
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="shards I, I + N, ... only, I from 0")
     parser.add_argument("--ray", default="", metavar="ADDRESS", help="work on a Ray cluster (auto, or HOST:PORT)")
     parser.add_argument("--aside", metavar="DIR", help="where shards for a remote OUT are made (NAME.partial here)")
@@ -69,8 +71,8 @@ def shard_dry_run(given: dict[str, Any], ranks: int, loaders: int) -> int:
     from mae_dist.shards.estimate import estimate
     from mae_dist.shards.write import make_recipe, place_of, refuse_inside
 
-    names = ("images", "labels", "shard_size", "seed", "resize", "quality", "exif_rotate", "max_pixels", "all_suffixes")
-    recipe = make_recipe(**{name: given[name] for name in names})
+    apart = ("out", "workers", "max_bad", "part", "ray", "aside")  # decide no bytes
+    recipe = make_recipe(**{name: value for name, value in given.items() if name not in apart})
     refuse_inside(recipe, place_of(given["out"], given["aside"]))
     expected = estimate(recipe, given["workers"])
     print(expected.text(given["workers"]))

@@ -57,7 +57,7 @@ class Estimate:
 def estimate(recipe: Recipe, workers: int) -> Estimate:
     """List all images, convert a few. Raises UserError as `shard` would."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = recognise(recipe.images, bool(recipe.labels), recipe.all_suffixes)
+        source = recognise(recipe.images, **recipe.reading())
         pieces = source.pieces(partial(in_order, workers=workers))
         plan = make_plan(Path(scratch), recipe, source, pieces)
         sizes, seconds, bad = measure(plan, np.arange(min(SAMPLE, plan.count)))
@@ -72,7 +72,7 @@ def estimate(recipe: Recipe, workers: int) -> Estimate:
 
 def measure(plan: Plan, places: np.ndarray) -> tuple[list[int], float, list[str]]:
     """Bytes in a tar of each readable image, seconds for all, and what was unreadable."""
-    reader, block = Reader(plan.root, plan.containers), tarfile.BLOCKSIZE
+    reader, block = Reader(plan.root, plan.containers, plan.recipe.image_column), tarfile.BLOCKSIZE
     sizes, bad = [], []
     start = time.perf_counter()
     for item in plan.items_at(places):
@@ -80,5 +80,5 @@ def measure(plan: Plan, places: np.ndarray) -> tuple[list[int], float, list[str]
             data, _ = convert(reader.read(item.container, item.origin, *item.place), plan.recipe.conversion)
             sizes.append(block + -(-len(data) // block) * block)
         except Exception as error:  # decoders raise what they like for bad bytes
-            bad.append(f"{reader.where(item.container, item.origin)}: {error}")
+            bad.append(f"{reader.where(item.container, item.origin)}: {' '.join(str(error).split())}")
     return sizes, time.perf_counter() - start, bad

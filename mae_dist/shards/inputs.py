@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,18 @@ class Input:
             yield piece
 
 
-def recognise(images: str, has_labels: bool = False, all_suffixes: bool = False) -> Input:
+def recognise(
+    images: str,
+    has_labels: bool = False,
+    all_suffixes: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Input:
     """What `images` is: a directory, a tar, a parquet file, or a glob pattern of tars or parquet files.
 
-    `all_suffixes`: files that begin as an image does are images, whatever they are called. Raises UserError when there
-    are no images, when layouts are mixed, or when a directory holds several splits.
+    `all_suffixes`: files that begin as an image does are images, whatever they are called. `image_column`,
+    `label_column`: of parquet files; None: `image` and `label`. Raises UserError when there are no images, when layouts
+    are mixed, or when a directory holds several splits.
     """
     path = Path(images)
     try:
@@ -80,7 +87,9 @@ def recognise(images: str, has_labels: bool = False, all_suffixes: bool = False)
         raise UserError(f"{error.filename or images}: cannot be read: {error.strerror}") from error
     if has_labels and (found.kind != "flat" or len(found.containers) > 1):
         raise UserError(f"--labels is for one flat directory or one tar of images, and {images} is neither")
-    return found
+    if found.kind != "parquet" and (image_column or label_column):
+        raise UserError(f"--image-column and --label-column are for parquet files, and {images} is {found.kind}")
+    return found if found.kind != "parquet" else _with_columns(found, image_column, label_column)
 
 
 def _files_of(images: str, all_suffixes: bool) -> Input:
@@ -209,19 +218,26 @@ def _classes_beside(directory: Path) -> list[str]:
 
 
 def _parquet(files: Sequence[Path], notes: Notes) -> Input:
-    from mae_dist.shards.parquet import class_names, scan_parquet  # pyarrow takes a second to import
+    from mae_dist.shards.parquet import scan_parquet  # pyarrow takes a second to import
 
     only_once(files)
     jobs = list(enumerate(map(str, files)))
-    containers = [str(file.absolute()) for file in files]
-    return Input("parquet", "", containers, class_names(files[0]), scan_parquet, jobs, notes)
+    return Input("parquet", "", [str(file.absolute()) for file in files], [], scan_parquet, jobs, notes)
+
+
+def _with_columns(found: Input, image: str | None, label: str | None) -> Input:
+    """Raises UserError where it is in doubt which columns are meant."""
+    from mae_dist.shards.parquet import find_columns, scan_parquet
+
+    columns = find_columns(found.containers, image, label, found.notes)
+    return replace(found, classes=columns.classes, scan=partial(scan_parquet, columns=columns))
 
 
 class Reader:
     """The bytes of images by (container, place). Keeps files open; each process makes its own."""
 
-    def __init__(self, root: str, containers: Sequence[str]):
-        self.root, self.containers = root, containers
+    def __init__(self, root: str, containers: Sequence[str], image_column: str | None = None):
+        self.root, self.containers, self.image_column = root, containers, image_column
         self._open = lru_cache(maxsize=OPEN_FILES)(partial(open, mode="rb", buffering=0))
 
     def read(self, container: int, origin: str, first: int, second: int) -> bytes:
@@ -237,7 +253,7 @@ class Reader:
         if path.lower().endswith(".parquet"):
             from mae_dist.shards.parquet import read_cell
 
-            return read_cell(path, first, second)
+            return read_cell(path, first, second, self.image_column)
         data = os.pread(self._open(path).fileno(), second, first)
         if len(data) < second:
             raise OSError(f"cut short: {len(data)} of {second} bytes")

@@ -48,7 +48,7 @@ def _opened(plan_directory: Path) -> tuple[Plan, Reader]:
     """The plan and its reader: once a process, not once a shard."""
     plan = Plan.load(plan_directory)
     assert plan, plan_directory
-    return plan, Reader(plan.root, plan.containers)
+    return plan, Reader(plan.root, plan.containers, plan.recipe.image_column)
 
 
 def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
@@ -102,7 +102,7 @@ def fill(
             except (MemoryError, StorageFailed):
                 raise
             except Exception as error:  # decoders raise what they like for bad bytes
-                bad.append(f"{reader.where(item.container, item.origin)}: {error}")
+                bad.append(f"{reader.where(item.container, item.origin)}: {' '.join(str(error).split())}")
                 continue
             rows.append((tar.offset + tarfile.BLOCKSIZE, len(data), item.label))  # type: ignore[attr-defined]
             add(tar, f"{item.key}.{suffix}", data)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
@@ -57,6 +57,9 @@ class Recipe:
     """Its version: another one may encode other bytes."""
     all_suffixes: bool = False
     """Take what begins as an image does, whatever it is called."""
+    image_column: str | None = None
+    label_column: str | None = None
+    """Of parquet files; None: `image` and `label`."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -66,9 +69,15 @@ class Recipe:
         recipe = asdict(self)
         if self.conversion.max_pixels == MAX_PIXELS:  # as recipes were before it could be chosen
             del recipe["conversion"]["max_pixels"]
-        if not self.all_suffixes:
-            del recipe["all_suffixes"]
+        for name in ("all_suffixes", "image_column", "label_column"):
+            if not recipe[name]:
+                del recipe[name]
         return json.dumps(recipe, indent=1) + "\n"
+
+    def reading(self) -> dict[str, Any]:
+        """How `recognise` is to take the images."""
+        names = ("all_suffixes", "image_column", "label_column")
+        return {"has_labels": bool(self.labels)} | {name: getattr(self, name) for name in names}
 
 
 class Item(NamedTuple):

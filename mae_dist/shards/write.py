@@ -190,7 +190,7 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
                     directory.mkdir()
                 if place.remote:
                     make_directory(place.out)
-                source = recognise(wanted.images, bool(wanted.labels), wanted.all_suffixes)
+                source = recognise(wanted.images, **wanted.reading())
                 return make_plan(place.plan, wanted, source, source.pieces(partial(in_order, workers=workers)))
             except UserError:
                 place.remove()
