@@ -37,6 +37,12 @@ class Parser(argparse.ArgumentParser):
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.add_argument("--workers", type=whole(1, 1024), default=cpus, metavar="N", help="processes (%(default)s)")
 
+    def add_allow(self) -> None:
+        """`--data.allow_commands true`, as of the commands that take a config, or its variable."""
+        self.add_argument("--data.allow_commands", dest="allow_commands", type=truth, metavar="true",
+                          default=os.environ.get("MAE_DIST_DATA__ALLOW_COMMANDS", "false"),
+                          help="run the commands, read the paths and other servers that a manifest names")  # fmt: skip
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's. What would be dropped or counted double in silence is an error, or is said."""
         words = list(args or ())
@@ -68,6 +74,15 @@ def whole(low: int, high: int = MOST_SEED) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def truth(text: str) -> bool:
+    """`true` or `false`, as in a config."""
+    from mae_dist.values import BOOLS
+
+    if text.lower() not in BOOLS:
+        raise argparse.ArgumentTypeError(f"{text}: write true or false")
+    return BOOLS[text.lower()]
 
 
 def share(text: str) -> float:

@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from mae_dist.arguments import Parser, picture, ratio, share, share_or_none, size, whole
 from mae_dist.errors import Ended, UserError, machine_fault
-from mae_dist.launched import end_with_launcher, leave
+from mae_dist.launched import end_with_launcher, leave, rank_or_zero, take_local_rank
 from mae_dist.output import protect
+from mae_dist.urls import masked
 
 USAGE = """usage: mae-dist COMMAND ...
 
@@ -55,12 +57,17 @@ def index(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max-bad", type=whole(0), default=0, metavar="N", help="broken shards to leave out (%(default)s)"
     )
+    parser.add_allow()
     given = parser.parse_args(arguments)
     from mae_dist.shards.index import index as make
 
-    made = make(given.urls, given.out, given.workers, given.max_bad)
+    made = make(given.urls, given.out, given.workers, given.max_bad, given.allow_commands)
     manifest, size = made.manifest, sum(s.num_bytes for s in made.manifest.shards)
     print(f"{manifest.directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, {size / 1e6:.1f} MB")
+    if any(shard.name.startswith("pipe:") for shard in manifest.shards):
+        print("its shards are commands: to read them, write --data.allow_commands true")
+    if any(urlsplit(url).username for url in given.urls if "://" in url):
+        print("it holds no user and password: put them into ~/.netrc (machine HOST login USER password PASSWORD)")
     for line in (*made.notes.lines(), *(f"left out: {bad}" for bad in made.bad)):
         print(line)
     return 0
@@ -79,17 +86,18 @@ def verify(arguments: Sequence[str]) -> int:
     parser.add_workers()
     parser.add_argument("--max-pixels", type=whole(1), default=MAX_PIXELS, metavar="N",
                         help="an image may have, as data.max_pixels in training (%(default)s)")  # fmt: skip
+    parser.add_allow()
     given = parser.parse_args(arguments)
     from mae_dist.shards.mirror import load_manifest
     from mae_dist.shards.verify import verify as check
 
-    manifest = load_manifest(given.shards, check=False)
+    manifest = load_manifest(given.shards, check=False, allow_commands=given.allow_commands)
     count = 0
     for problem in check(manifest, given.workers, given.max_pixels):
         print(problem, flush=True)
         count += 1
     found = f"{count} problems" if count else "nothing wrong"
-    print(f"{given.shards}: {manifest.num_samples} images in {len(manifest.shards)} shards: {found}")
+    print(f"{masked(given.shards)}: {manifest.num_samples} images in {len(manifest.shards)} shards: {found}")
     return 1 if count else 0
 
 
@@ -101,11 +109,12 @@ def info(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("shards", help="directory with a manifest, local or an fsspec URL (s3://bucket/train)")
     parser.add_argument("--sheet", type=picture, metavar="FILE", help="draw a contact sheet of 64 images")
+    parser.add_allow()
     given = parser.parse_args(arguments)
     from mae_dist.shards.info import contact_sheet, describe
     from mae_dist.shards.mirror import load_manifest
 
-    manifest = load_manifest(given.shards)
+    manifest = load_manifest(given.shards, allow_commands=given.allow_commands)
     print(describe(manifest))
     if given.sheet:
         contact_sheet(manifest).save(given.sheet)
@@ -155,13 +164,14 @@ def knn(arguments: Sequence[str]) -> int:
     parser.add_argument("--img-size", type=size, metavar="N", help="resize the positions for N or HxW pixels")
     parser.add_argument("--data.max_bad_fraction", dest="max_bad", type=share_or_none, metavar="F",
                         help="share of the images that may be unreadable (the run's own)")  # fmt: skip
+    parser.add_allow()
     given = vars(parser.parse_args(arguments))
     from mae_dist.evaluate.knn import Question
     from mae_dist.evaluate.knn import knn as evaluate
 
-    names = ("run", "train", "test", "precision", "max_bad", "img_size")
-    run, train, test, precision, bad, img_size = (given.pop(name) for name in names)
-    if text := evaluate(run, train, test, Question(**given), precision, bad, img_size):
+    names = ("run", "train", "test", "precision", "max_bad", "img_size", "allow_commands")
+    run, train, test, precision, bad, img_size, allow = (given.pop(name) for name in names)
+    if text := evaluate(run, train, test, Question(**given), precision, bad, img_size, allow):
         print(text)
     return 0
 
@@ -248,10 +258,11 @@ def reconstruct(arguments: Sequence[str]) -> int:
                         help="of the masks; each makes a row (%(default)s)")  # fmt: skip
     parser.add_argument("--features", type=picture, metavar="FILE",
                         help="a second picture: the patch features, three principal components as colours")  # fmt: skip
+    parser.add_allow()
     given = parser.parse_args(arguments)
     from mae_dist.evaluate.reconstruct import NORM_PIX, Viewer
 
-    viewer = Viewer(given.run, given.images, given.mask_ratio)
+    viewer = Viewer(given.run, given.images, given.mask_ratio, given.allow_commands)
     viewer.reconstruction(given.seed).save(given.out)
     print(given.out)
     if given.features:
@@ -326,9 +337,12 @@ def main() -> None:
     """Exit status 0: done; 2: the user's mistake, said in one line; 3: the training diverged; 75: another rank was
     lost, or the machine failed; 128 + n: stopped by signal n; 1: ours.
     """
-    command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
-    protect(product=command not in COMMANDS or command in PRODUCTS or bool(ASKING & set(arguments)))
+    arguments = sys.argv[1:]
+    named = next((word for word in arguments if not word.startswith("--local")), "")
+    protect(product=named not in COMMANDS or named in PRODUCTS or bool(ASKING & set(arguments)))
     try:
+        take_local_rank(arguments)
+        command, arguments = (arguments[:1] or ["--help"])[0], arguments[1:]
         if command in ("-h", "--help", "help"):
             print(USAGE)
             leave(0)
@@ -341,10 +355,11 @@ def main() -> None:
         error = machine_fault(found) if isinstance(found, OSError) else found
         if error is None:
             fail()
-        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        if rank:  # all ranks may find the same: let rank 0 say it (torchrun then ends us), or say it if alone
+        rank = rank_or_zero()
+        if rank and "MASTER_ADDR" in os.environ:
+            # all ranks may find the same: let rank 0 say it (torchrun then ends us), or say it if alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2 if local_rank == 0 else 4)
+            time.sleep(2 if os.environ.get("LOCAL_RANK", "0") == "0" else 4)
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         leave(error.status if isinstance(error, Ended) else 2)
     except SystemExit as end:  # of --help: what it printed is to arrive, or be missed here
@@ -359,5 +374,5 @@ def fail() -> NoReturn:
     """Exit after an error of ours, with its traceback in one piece."""
     rank = os.environ.get("RANK")
     where = f"rank {rank} failed:\n" if rank else ""
-    print(f"{where}{traceback.format_exc()}", file=sys.stderr, end="", flush=True)
+    print(f"{where}{masked(traceback.format_exc())}", file=sys.stderr, end="", flush=True)
     leave(1)

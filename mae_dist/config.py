@@ -29,6 +29,7 @@ from mae_dist.urls import masked
 from mae_dist.values import Text, Written, read_file, value_of
 
 C = TypeVar("C")
+ALLOW = "data.allow_commands"
 PREFIX = "MAE_DIST_"  # MAE_DIST_TRAIN__SEED=1
 CONFIG_VARIABLE = "MAE_DIST_CONFIG"  # a file, below those of the command line
 OTHER_VARIABLES = (CONFIG_VARIABLE, "MAE_DIST_GIT_COMMIT", "MAE_DIST_TURBOJPEG")  # no keys
@@ -70,14 +71,18 @@ class Config:
 
 
 def to_yaml(config: Any) -> str:
-    """Every value of a config dataclass as YAML."""
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+    """Every value of a config dataclass as YAML, without secrets, and without the word that lets commands run."""
+    content = plain(dataclasses.asdict(config))
+    content["data"] |= {"allow_commands": False}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
+    """Tuples as lists: YAML has no tuples. Text without its secrets."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return masked(value)
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
@@ -110,11 +115,13 @@ def load(
     kind: type[C] = Config,
     defaults: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
+    runs: bool = True,
 ) -> C:
     """The config of a command line: options win, then --config files (the later one), then the environment.
 
     `--help` and `--print_config` print and exit 0. `kind`: the dataclass of its sections. `defaults`: values of keys
-    that win over the dataclass's own only. `environ`: variables (None: this process's).
+    that win over the dataclass's own only. `environ`: variables (None: this process's). `runs`: the config is to be
+    run, so a file that names a command needs the user's word for it.
     Raises UserError with the file and line, option or variable, the key, what was expected, and the nearest key for a
     misspelt one.
     """
@@ -129,8 +136,23 @@ def load(
     values: dict[str, Any] = dict(flat(kind()))
     without = {key: values[key] for key in MANUALS[prog].unused}
     values |= defaults or {}
-    for layer in (variables(environ, kind), *(read_file(Path(file)) for file in files), options):
-        values |= checked(layer, kind)
+    values |= checked(variables(environ, kind), kind)
+    brought = ""  # by which file data.shards was
+    for file in files:
+        found = checked(read_file(Path(file)), kind)
+        if found.get(ALLOW):
+            raise UserError(
+                f"{file}: {ALLOW}: a file cannot give this word; write --{ALLOW} true, or {variable(ALLOW)}"
+            )
+        values |= found
+        brought = file if "data.shards" in found else brought
+    told = checked(options, kind)
+    values |= told
+    if brought and runs and "data.shards" not in told and "pipe:" in str(values["data.shards"]) and not values[ALLOW]:
+        raise UserError(
+            f"{brought}: data.shards: is a command: {values['data.shards']}; if you trust whoever wrote this file, "
+            f"write --{ALLOW} true, or --data.shards yourself"
+        )
     for key, value in without.items():
         if values[key] != value:
             raise UserError(f"{key}: {values[key]}: is for pretraining, not for {prog}; leave it out")
@@ -214,6 +236,7 @@ def check_variables(environ: Mapping[str, str], kind: type | None) -> None:
             hint = f"did you mean {PREFIX}{near[0]}?" if near else f"keys are written as {variable('train.seed')}"
             raise UserError(f"{name}: no such variable, {hint} Or unset it")
     taken = {variable(key) for key in keys_of(kind)} if kind else set()
+    taken |= {variable(ALLOW)}  # by commands with no config too
     if unused := [name for name in ours if name in every and name not in taken]:
         note(f"not used by this command: {', '.join(unused)}")
 

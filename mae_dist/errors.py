@@ -1,12 +1,17 @@
-"""The one exception for a user's mistake: the command line prints its text and exits with status 2."""
+"""The exceptions that the command line shows as one line, each with its exit status."""
 
 import errno
 import os
 import sys
 
+from mae_dist.urls import masked
+
 
 class UserError(Exception):
-    """What was found, where, and what to write instead, in one line. Never shown with a traceback."""
+    """What was found, where, and what to write instead, in one line, without secrets. Never shown with a traceback."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(masked(str(message)))
 
 
 class Ended(RuntimeError):
@@ -18,7 +23,7 @@ class Ended(RuntimeError):
 def note(text: str) -> None:
     """Say something that is no error but may not be meant, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(f"note: {masked(text)}", file=sys.stderr, flush=True)
 
 
 class MachineFault(Ended):
@@ -28,7 +33,7 @@ class MachineFault(Ended):
     """
 
     def __init__(self, text: str, status: int = 75):
-        super().__init__(text)
+        super().__init__(masked(text))
         self.status = status
 
 

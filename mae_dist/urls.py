@@ -26,6 +26,10 @@ _RULES = [
 ]
 _QUERY = re.compile(r"((?:://|pipe:)[^\s?'\"]*)\?([^\s#'\"]+)")
 _VALUE = re.compile(r"=[^&;]*")
+_LOGIN = re.compile(r"^(https?://)(?:[^\s/?#@:]*:(?!\d+/)[^\s?#]*|[^\s/?#@:]+)@", re.I)
+_VARIABLE = re.compile(r"\$(?:\w+|\{\w+\}|\([^()]*\))")
+_OPEN = ("versionid", "generation", "ref", "rev", "revision")  # of queries: they say which file, and let nobody in
+_PLAIN = re.compile(r"true|false|\d{0,6}|\*\*\*", re.I)
 
 
 def masked(text: str) -> str:
@@ -38,6 +42,24 @@ def masked(text: str) -> str:
     for rule, shown in _RULES:
         text = rule.sub(shown, text)
     return text
+
+
+def without_login(url: str) -> str:
+    """An http(s) URL without user and password; anything else as it is."""
+    return _LOGIN.sub(r"\1", url)
+
+
+def secret_in(place: str) -> str:
+    """What in a URL or a command a file should not keep, in words; empty where nothing is.
+
+    What the shell fills in ($TOKEN) is no secret, nor is a query of plain words such as `?download=true`.
+    """
+    place = _VARIABLE.sub(MASK, place)
+    for found in _QUERY.finditer(place):
+        for name, _, value in (pair.partition("=") for pair in re.split("[&;]", found[2])):
+            if not (name.lower() in _OPEN or _PLAIN.fullmatch(value)):
+                return f"?{name}={MASK}"
+    return "a user or password" if has_secret(_QUERY.sub(r"\1", place)) else ""
 
 
 def has_secret(text: str) -> bool:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mae_dist import rng
 from mae_dist.errors import UserError
 from mae_dist.local import Secondary
+from mae_dist.urls import masked
 
 FILE_NAME = "bad_samples.jsonl"
 STAND_IN_STREAM = 0x7374616E
@@ -35,7 +36,7 @@ class BadSample(UserError):
 
     def __init__(self, where: str, reason: str, key: str = ""):
         super().__init__(f"{where}: unreadable image: {reason}")
-        self.where, self.reason, self.key = where, reason, key
+        self.where, self.reason, self.key = masked(where), masked(reason), key
 
 
 def stand_ins(

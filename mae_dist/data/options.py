@@ -10,6 +10,7 @@ from mae_dist.data.turbojpeg import library
 from mae_dist.errors import UserError
 from mae_dist.ranges import COUNT, COUNT_OR_NONE, check_numbers
 from mae_dist.shards import remote
+from mae_dist.urls import MASK
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class DataConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, that pixels are divided by; one value serves any number of channels."""
     cache_dir: str | None = None
-    """Directory on this node's own disk for remote shards (s3://, https://, pipe:); null: one in the temporary one."""
+    """Directory on this node's own disk for remote shards (s3://, https://, pipe:); null: mae_dist in XDG_CACHE_HOME,
+    or in ~/.cache. Others must not be able to write there."""
     cache_bytes: int | None = None
     """Bytes that remote shards may take there; null: most of what is free."""
+    allow_commands: bool = False
+    """Run the commands (pipe:) that a manifest or a --config file names, and read the paths and other servers that a
+    manifest fetched from elsewhere names. Only as an option or a variable; never kept in a run's config."""
     workers: int = 8
     """Decoding processes a rank; 0 decodes in the training process."""
     decoder: Decoder = "fast"
@@ -98,6 +103,12 @@ class DataConfig:
                 "data.shards: not set. Make shards once with: mae-dist shard IMAGES SHARDS, then add "
                 "--data.shards SHARDS (or try the machinery without images: --data.fake true)"
             )
+        for name, place in (("shards", self.shards), ("val_shards", self.val_shards)):
+            if isinstance(place, str) and MASK in place:
+                raise UserError(
+                    f"data.{name}: {place}: a run keeps no passwords and signatures; write the whole of it again: "
+                    f"--data.{name} ..., or leave them out and put them into ~/.netrc"
+                )
         if self.shards and self.fake:
             raise UserError("data.fake: true, but data.shards is set too; leave one of them out")
         self._check_mode()

@@ -29,6 +29,7 @@ from mae_dist.shards.labels import member_label
 from mae_dist.shards.patterns import places
 from mae_dist.shards.prefetch import Course
 from mae_dist.shards.samples import SUFFIXES
+from mae_dist.urls import masked
 
 BUFFER = 1000  # encoded samples that a worker shuffles
 GIVE_UP = 200  # shards opened, errors and samples without image in a row
@@ -54,7 +55,7 @@ class Patience:
         self.pattern, self.in_row, self.last = pattern, 0, "no errors, but no images either"
 
     def __call__(self, error: Exception) -> bool:
-        self.last = " ".join(f"{type(error).__name__}: {error}".split())
+        self.last = masked(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"left out: {self.last}", file=sys.stderr, flush=True)
         self.lose()
         return True
@@ -104,7 +105,7 @@ class ResampledSource:
         self.pattern, self.channels, self.config = config.shards or "", channels, config
         self.urls = places([self.pattern])
         self.epoch_size = config.epoch_size or 1
-        self.digest = "resampled-" + hashlib.sha256(self.pattern.encode()).hexdigest()[:16]
+        self.digest = "resampled-" + hashlib.sha256(masked(self.pattern).encode()).hexdigest()[:16]
         self._pictures: list[tuple[NDArray[np.uint8], int]] = []
         self._more = self.images(Patience(self.pattern), None)
 

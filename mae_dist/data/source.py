@@ -1,6 +1,7 @@
 """Where pixels come from: shards, or torchvision's FakeData. Both are a number of samples in each of some shards."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -139,15 +140,16 @@ def open_sources(config: DataConfig, image_size: tuple[int, int], channels: int)
     if config.fake:
         return FakeSource(config.fake_size, image_size, channels), None
     cache = Cache(config.cache_dir, config.cache_bytes)
+    load = partial(load_manifest, cache=cache, allow_commands=config.allow_commands)
     how = channels, cache, config.decoder, config.max_pixels, image_size if config.dct_scale else None
     if config.mode == "webdataset":
         from mae_dist.data.resampled import ResampledSource  # the one mode that needs webdataset
 
-        held_out = load_manifest(config.val_shards, cache) if isinstance(config.val_shards, str) else None
+        held_out = load(config.val_shards) if isinstance(config.val_shards, str) else None
         return ResampledSource(config, channels), ShardSource(held_out, *how) if held_out else None
-    train = load_manifest(config.shards or "", cache)
+    train = load(config.shards or "")
     if isinstance(config.val_shards, str):
-        val = load_manifest(config.val_shards, cache)
+        val = load(config.val_shards)
     elif config.val_shards:
         train, val = train.split(config.val_shards)
     else:

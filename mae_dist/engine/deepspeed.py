@@ -27,6 +27,7 @@ def load_deepspeed(world: World) -> Any:
     """The package, quiet. Raises UserError when it is not there."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even of a process alone
     try:
         import deepspeed
     except ImportError as error:

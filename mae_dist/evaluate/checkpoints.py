@@ -33,7 +33,7 @@ def newest_of(path: Path) -> Path:
 
 def run_config(run: Path) -> Config:
     """The config that a run directory was started with. Raises UserError when it holds none."""
-    return configs.load(["--config", str(run / CONFIG_FILE)], environ={})
+    return configs.load(["--config", str(run / CONFIG_FILE)], environ={}, runs=False)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def evaluation_config(
     test: str | None,
     precision: Precision | None = None,
     max_bad_fraction: float | None = None,
+    allow_commands: bool = False,
 ) -> Config:
     """The run's config with what is said otherwise. `train`, `test`: directories of labelled shards."""
     config = pretrained.config
@@ -60,6 +61,7 @@ def evaluation_config(
         raise UserError(f"{pretrained.run_dir}: this run has no indexed shards of its own; write {say}, labelled ones")
     if max_bad_fraction is not None:
         data = dataclasses.replace(data, max_bad_fraction=max_bad_fraction)
+    data = dataclasses.replace(data, allow_commands=data.allow_commands or allow_commands)
     data.check(config.model.in_chans)
     if data.val_shards is None:
         raise UserError("evaluation needs held-out labelled shards: write --test SHARDS")
@@ -125,11 +127,12 @@ def knn(
     precision: Precision | None = None,
     max_bad_fraction: float | None = None,
     img_size: int | tuple[int, int] | None = None,
+    allow_commands: bool = False,
 ) -> str:
     """The table of `mae-dist knn`, on all the processes of this world; rank 0 logs it as a child of the run."""
     question.check()
     pretrained = Pretrained.find(run).at(img_size)
-    config = evaluation_config(pretrained, train, test, precision, max_bad_fraction)
+    config = evaluation_config(pretrained, train, test, precision, max_bad_fraction, allow_commands)
     track = track_of(pretrained)
     track.check()
     world = World.join()

@@ -35,7 +35,13 @@ NORM_PIX = (
 class Viewer:
     """A run's model and the images to look at."""
 
-    def __init__(self, run: Path, images: Sequence[str | Path], mask_ratio: float | None = None):
+    def __init__(
+        self,
+        run: Path,
+        images: Sequence[str | Path],
+        mask_ratio: float | None = None,
+        allow_commands: bool = False,
+    ):
         """`images`: what `views` takes. Raises UserError for one unreadable, no checkpoint, or a wrong ratio."""
         checkpoint = newest_of(run)
         config = load_config(checkpoint)
@@ -44,7 +50,7 @@ class Viewer:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, mask_ratio=mask_ratio))
         self.config: Config = config
         self.model: MAE = trained(checkpoint, config)
-        self.pixels = torch.cat([views(str(place), config) for place in images])  # (n, C, H, W) uint8
+        self.pixels = torch.cat([views(str(place), config, allow_commands) for place in images])  # (n, C, H, W) uint8
         self.normalise = Normalise(config.data, self.pixels.device)
 
     @torch.no_grad()
@@ -78,12 +84,13 @@ class Viewer:
         return picture_grid({"input": channels_last(pixels), "features": large.numpy()})
 
 
-def views(place: str, config: Config) -> Tensor:
+def views(place: str, config: Config, allow_commands: bool = False) -> Tensor:
     """An image file, or the first images of a directory of shards, local or an fsspec URL: (n, C, H, W) uint8."""
     if Path(place).is_dir() or (remote.is_remote(place) and not is_image(place)):
         cache = Cache(config.data.cache_dir, config.data.cache_bytes)
         how = config.model.in_chans, cache, config.data.decoder, config.data.max_pixels
-        source = ShardSource(load_manifest(place, cache), *how)
+        allow = allow_commands or config.data.allow_commands
+        source = ShardSource(load_manifest(place, cache, allow_commands=allow), *how)
         return first_images(source, config)[0]
     try:
         with remote.open_stream(place) as file:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from mae_dist.evaluate.knn import labelled_sources
 from mae_dist.evaluate.learner import Learner
 from mae_dist.evaluate.options import FinetuneConfig, LinearConfig
 from mae_dist.evaluate.tracked import EVALUATIONS, logged, track_of
+from mae_dist.launched import rank_or_zero
 from mae_dist.manual import OF_THE_RUN
 from mae_dist.model.sizes import check_fits
 from mae_dist.track.journal import Journal
@@ -128,7 +128,7 @@ def train(
                 report(session)
         world.leave()  # not after an error: the other ranks may hang in what this would wait for
     except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank_or_zero() == 0:
             print(f"\n{config.train.name}: {stopped}", flush=True)
         return 128 + stopped.signal
     return 0

@@ -68,7 +68,7 @@ def run(command: Sequence[str]) -> None:
     print(f"\n$ {' '.join(command)}", flush=True)
     program = {
         "mae-dist": [sys.executable, "-m", "mae_dist"],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+        "python": [sys.executable],
     }
     finished = subprocess.run([*program[command[0]], *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"})
     if finished.returncode:
@@ -122,8 +122,17 @@ def demo(directory: Path) -> None:
     }
     for name, out in shards.items():
         run(["mae-dist", "shard", str(images / name), str(out), "--shard-size", "250", "--workers", "2"])
-    pretrain = ["torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    pretrain += ["-m", "mae_dist", "pretrain"]
+    pretrain = [
+        "python",
+        "-m",
+        "mae_dist.launch",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mae_dist",
+        "pretrain",
+    ]
     where = ["--train.runs_dir", str(runs)]
     digits = ["--data.shards", str(shards["digits/train"]), "--data.val_shards", str(shards["digits/test"])]
     run([*pretrain, "--config", str(CONFIGS / "demo.yaml"), *digits, *where])

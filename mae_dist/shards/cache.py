@@ -9,9 +9,12 @@ should stay is what the `.needs` files of living prefetchers list.
 import fcntl
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -28,16 +31,19 @@ class NoRoom(OSError):
 
 
 class Cache:
-    """`directory`: None for one in the system's temporary directory. `limit`: bytes; None for most of what is free.
+    """`directory`: None for `default_directory`. `limit`: bytes; None for most of what is free.
 
     Nothing is written before `prepare`.
     """
 
     def __init__(self, directory: str | Path | None = None, limit: int | None = None, counters: Counters | None = None):
-        default = Path(tempfile.gettempdir()) / f"mae_dist-{os.getuid()}"
-        self.directory = Path(directory) if directory else default
+        self.given = directory
         self.limit = limit
         self.counters = counters or Counters()
+
+    @cached_property
+    def directory(self) -> Path:
+        return Path(self.given) if self.given else default_directory()
 
     def __getstate__(self) -> dict:
         return {"directory": self.directory, "limit": self.limit}  # another process counts for itself
@@ -46,9 +52,17 @@ class Cache:
         self.__init__(**state)
 
     def prepare(self) -> None:
-        """Make the directory and sweep away what dead processes left. Raises UserError when it cannot be written."""
+        """Make the directory and sweep away what dead processes left.
+
+        Raises UserError when it cannot be written, or when others can: what they put there would be believed.
+        """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if why := distrusted(self.directory, stat.S_IWOTH | (0 if self.given else stat.S_IWGRP)):
+                raise UserError(
+                    f"data.cache_dir: {self.directory}: {why}; write --data.cache_dir DIR, a directory of your own on "
+                    f"this node's disk, such as {self.directory / f'mae_dist-{os.getuid()}'}"
+                )
             with self._room_lock():
                 for left in (*self.directory.glob("*.tmp"), *self.directory.glob("*.needs")):
                     remove_if_free(left)
@@ -164,6 +178,37 @@ class Cache:
                 yield Needs(self, file)
             finally:
                 path.unlink(missing_ok=True)
+
+
+def default_directory() -> Path:
+    """In XDG_CACHE_HOME, else ~/.cache; where that cannot be written, in the system's temporary directory."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(base, os.W_OK | os.X_OK):
+            return base / "mae_dist"
+        why = "cannot be written"
+    except (OSError, RuntimeError) as error:  # no such user
+        base, why = Path(home or "~/.cache"), getattr(error, "strerror", None) or str(error)
+    other = Path(tempfile.gettempdir()) / f"mae_dist-{os.getuid()}"
+    print(f"data.cache_dir: {base}: {why}; remote shards are kept in {other}", file=sys.stderr, flush=True)
+    return other
+
+
+def distrusted(directory: Path, modes: int) -> str:
+    """Why others may have put something into a directory; empty when nobody can. `modes`: of those who must not."""
+    found = directory.lstat()
+    if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.getuid()):
+        return "is a link of another user's"
+    found = directory.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "is no directory"
+    if found.st_uid != os.getuid():
+        return f"belongs to another user (uid {found.st_uid})"
+    if found.st_mode & modes:
+        return f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    return ""
 
 
 class Needs:

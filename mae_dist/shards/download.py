@@ -11,6 +11,8 @@ from typing import IO, NamedTuple, TypeVar
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
 from mae_dist.shards.counters import Counters
+from mae_dist.shards.web import NotAFile
+from mae_dist.urls import masked
 
 CHUNK = 16 << 20  # bytes a request: what a dropped connection loses at most
 TRIES = 8  # with these waits: a server may be away for about a minute
@@ -32,8 +34,15 @@ class Wanted(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file in a cache: a hash of the whole place, and of the content, which may change at the same place."""
-        return hashlib.sha256("\n".join(map(str, self)).encode()).hexdigest() + ".tar"
+        """Of its file in a cache: a hash of the whole place, and of the content, which may change at the same place.
+
+        Without its secrets where the content is known: a new signature is no new shard.
+        """
+        place = masked(self.place) if self.sha256 else self.place
+        return hashlib.sha256("\n".join(map(str, self._replace(place=place))).encode()).hexdigest() + ".tar"
+
+    def __repr__(self) -> str:
+        return f"Wanted({masked(self.place)!r})"
 
 
 class WrongContent(OSError):
@@ -49,17 +58,18 @@ def persist(action: Callable[[], T], place: str, counters: Counters | None = Non
         except UserError:
             raise
         except Exception as error:  # client libraries raise what they like
-            answers += isinstance(error, FileNotFoundError | PermissionError | WrongContent)
+            answers += isinstance(error, FileNotFoundError | PermissionError | WrongContent | NotAFile)
             if attempt >= TRIES or answers >= ANSWERED_TRIES or time.monotonic() - began > GIVE_UP:
                 what = "not there" if isinstance(error, FileNotFoundError) else f"cannot be {done}"
-                last = " ".join(f"{type(error).__name__}: {error}".split())
+                last = " ".join(f"{type(error).__name__}: {error}".split())  # UserError masks it
                 raise UserError(
                     f"{place}: {what}, tried {attempt} times, last error: {last}; look at the place and at the "
                     "network, then start the same command again"
                 ) from error
             if counters:
                 counters.add(retries=1)
-            time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1))
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1)
+            time.sleep(max(wait, min(getattr(error, "retry_after", 0.0), GIVE_UP)))  # a server may say how long
     raise AssertionError("count has no end")
 
 

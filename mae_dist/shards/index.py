@@ -16,6 +16,7 @@ from pathlib import Path
 from mae_dist.errors import UserError
 from mae_dist.local import write_file
 from mae_dist.shards import remote
+from mae_dist.shards.download import GIVE_UP
 from mae_dist.shards.folders import kind_of, only_once
 from mae_dist.shards.inputs import recognise
 from mae_dist.shards.labels import of_unlabelled
@@ -26,6 +27,9 @@ from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.samples import SUFFIXES, samples
 from mae_dist.shards.tar import BadTar, Digested, members
+from mae_dist.shards.trust import check_names
+from mae_dist.shards.web import NotAFile
+from mae_dist.urls import masked, secret_in, without_login
 
 PAUSES = (0.5, 2)  # seconds before a remote shard is read again
 SHOWN = 10  # broken shards listed in an error
@@ -72,21 +76,28 @@ class Indexed:
     """What of the others is not used."""
 
 
-def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_bad: int = 0) -> Indexed:
+def index(
+    urls: Sequence[str], out: Path | None = None, workers: int = 1, max_bad: int = 0, allow_commands: bool = False
+) -> Indexed:
     """Write `manifest.json` and a table for each shard into `out`.
 
     `urls`: brace patterns of local paths, fsspec URLs or `pipe:` commands; or one directory with a manifest, whose
     tables and checksums are made anew from its shards. `out`: None for local tars of one directory means that
-    directory. `max_bad`: how many broken shards to leave out. Raises UserError, listing the broken ones; the same call
+    directory. `max_bad`: how many broken shards to leave out. `allow_commands`: also run those that such
+    a manifest names. Raises UserError, listing the broken ones; the same call
     again, or after a kill, reads only what is missing.
     """
     notes, before = Notes(), manifest_at(urls, out)
     if before:
         places, out = [before.place(i) for i in range(len(before.shards))], before.directory
+        logins = places
+        if not allow_commands:
+            check_names(places, urls[0])
         for tar in sorted({str(path) for path in out.glob("[!.]*.tar")} - {*places}):
             notes.add(UNLISTED, tar)
     else:
-        places = [tar for place in expand_all(urls) for tar in shards_at(place, notes)]
+        logins = [tar for place in expand_all(urls) for tar in shards_at(place, notes)]
+        places = [kept(place) for place in logins]
         out = (out or directory_of(places)).absolute()
     twice = [place for place, times in Counter(places).items() if times > 1]
     if twice:
@@ -101,7 +112,8 @@ def index(urls: Sequence[str], out: Path | None = None, workers: int = 1, max_ba
     manifest = before or Manifest(out, entries)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return scan_all(manifest, places, progress, workers, max_bad, bool(before), notes)
+        logins = dict(zip(places, logins, strict=True))
+        return scan_all(manifest, logins, progress, workers, max_bad, bool(before), notes)
     except OSError as error:  # of OUT: what is wrong with a shard is in its scan
         raise UserError(f"{error}; start the same command again to go on, or write another --out DIR") from error
 
@@ -123,15 +135,18 @@ def entry_of(place: str, table: str, out: Path) -> Shard:
 
 
 def scan_all(
-    manifest: Manifest, places: Sequence[str], progress: Path, workers: int, max_bad: int, again: bool, notes: Notes
+    manifest: Manifest, logins: Mapping[str, str], progress: Path, workers: int, max_bad: int, again: bool, notes: Notes
 ) -> Indexed:
-    """Read the shards at `places`, write their tables and then the manifest. `again`: they must be what it says."""
-    done = recorded(progress, {place: manifest.index_path(i) for i, place in enumerate(places)})
-    scans = in_order(scan_or_say, [place for place in places if place not in done], workers)
+    """Read shards, write their tables and then the manifest. `again`: they must be what it says.
+
+    `logins`: their places as the manifest keeps them, and as they are read.
+    """
+    done = recorded(progress, {place: manifest.index_path(i) for i, place in enumerate(logins)}, logins)
+    scans = in_order(scan_or_say, [login for place, login in logins.items() if place not in done], workers)
     shards, bad = [], []
-    with progress.open("w") as record, Progress(f"index {manifest.directory}", len(places), unit="shards") as bar:
+    with progress.open("w") as record, Progress(f"index {manifest.directory}", len(logins), unit="shards") as bar:
         record.writelines(json.dumps([asdict(shard), left]) + "\n" for shard, left in done.values())
-        for i, (place, entry) in enumerate(zip(places, manifest.shards, strict=True)):
+        for i, (place, entry) in enumerate(zip(logins, manifest.shards, strict=True)):
             bar.update(1)
             if place in done:
                 shard, left = done[place]
@@ -139,7 +154,7 @@ def scan_all(
                 bad.append(found)
                 continue
             else:
-                shard, left = found.shard, found.notes
+                shard, left = replace(found.shard, name=place), found.notes
                 if again and shard.sha256 != entry.sha256:
                     bad.append(f"{place}: not the shard that {FILE_NAME} means (its sha256 is another)")
                     continue
@@ -149,11 +164,23 @@ def scan_all(
             shards.append(replace(shard, name=entry.name, index=entry.index))
             notes.update_from(left)
     if bad and (len(bad) > max_bad or not shards):
-        raise UserError(refusal(bad, len(places)))
+        raise UserError(refusal(bad, len(logins)))
     manifest = replace(manifest, shards=shards)
     manifest.save(keep_others=True)
     progress.unlink(missing_ok=True)
     return Indexed(manifest, bad, of_unlabelled(notes, manifest.num_samples))
+
+
+def kept(place: str) -> str:
+    """A place as a manifest keeps it: without user and password. Raises UserError where it holds another secret."""
+    bare = without_login(place)
+    if secret := secret_in(bare):
+        raise UserError(
+            f"{place}: a manifest would keep {secret}, and signatures expire; write the address without it (user and "
+            "password of a server are read from ~/.netrc, keys of s3:// from AWS_*), or a command that reads it from "
+            "the environment: 'pipe:curl -sf -H \"Authorization: Bearer $TOKEN\" https://...'"
+        )
+    return bare
 
 
 def shards_at(place: str, notes: Notes) -> list[str]:
@@ -167,7 +194,7 @@ def shards_at(place: str, notes: Notes) -> list[str]:
     return source.containers
 
 
-def recorded(progress: Path, tables: Mapping[str, Path]) -> dict[str, tuple[Shard, Notes]]:
+def recorded(progress: Path, tables: Mapping[str, Path], logins: Mapping[str, str]) -> dict[str, tuple[Shard, Notes]]:
     """By place, what an `index` of the same places that did not end well has done already; not what changed since."""
     found = {}
     for line in progress.read_bytes().splitlines() if progress.exists() else ():
@@ -177,7 +204,7 @@ def recorded(progress: Path, tables: Mapping[str, Path]) -> dict[str, tuple[Shar
             check_table(tables[shard.name].read_bytes(), shard)
         except (ValueError, TypeError, KeyError, OSError):  # torn, or of an earlier version, or its table is
             continue
-        if shard.index_sha256 and not resized(shard.name, shard.num_bytes):
+        if shard.index_sha256 and not resized(logins[shard.name], shard.num_bytes):
             found[shard.name] = shard, Notes(left)
     return found
 
@@ -199,14 +226,15 @@ def scan_or_say(place: str) -> Scan | str:
     for pause in (*PAUSES, 0) if remote.is_remote(place) else (0,):
         try:
             return scan(place)
-        except FileNotFoundError as error:
-            return f"{place}: cannot be read: FileNotFoundError: {error}"
+        except (FileNotFoundError, PermissionError, NotAFile) as error:
+            return masked(f"{place}: cannot be read: {type(error).__name__}: {error}")
         except BadTar as error:
             said = f"{place}: {error}"
         except Exception as error:  # file systems raise what they like
             said = f"{place}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+            pause = max(pause, min(getattr(error, "retry_after", 0), GIVE_UP))  # a server may say how long
         time.sleep(pause)
-    return said
+    return masked(said)
 
 
 def directory_of(places: Sequence[str]) -> Path:

@@ -196,9 +196,14 @@ class Manifest:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         manifest = Manifest.parse(text, directory, str(path))
-        for i in range(len(manifest.shards) if check else 0):
-            manifest._check_shard(i)
+        if check:
+            manifest.check_files()
         return manifest
+
+    def check_files(self) -> None:
+        """Raise UserError for a file that is missing or cut short, as far as it lies on this machine."""
+        for i in range(len(self.shards)):
+            self._check_shard(i)
 
     @staticmethod
     def parse(text: str | bytes, directory: Path, place: str, sealed: bool = True) -> "Manifest":
@@ -335,6 +340,9 @@ def wrong_in(entry: Any, version: int) -> str:
     for key in ("name", "index"):
         if not isinstance(entry.get(key, ""), str) or "\0" in entry.get(key, ""):
             return f"{key} is no name"
+    index = entry.get("index", "")
+    if index != Path(index).name or index == "..":
+        return f"its index {index!r} lies outside"
     for key, length in HASHES.items():
         given = entry.get(key, "")
         if not is_hash(given, length) and not (given == "" and not (key == "index_sha256" and version == SEALED)):

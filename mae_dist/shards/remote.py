@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import fsspec
-from fsspec.config import conf
 
 from mae_dist.errors import UserError
+from mae_dist.shards import web
+from mae_dist.urls import masked
 
 PIPE = "pipe:"
+VARIABLE = "PIPE_COMMAND"  # holds the command that the shell is to run
 SILENCE = 60  # seconds without a byte after which nothing more is expected
 
 
@@ -27,13 +29,19 @@ def join(directory: str, name: str) -> str:
     """The place of `name` in a directory; a place of its own (an URL, an absolute path) stays as it is."""
     if is_remote(name) or Path(name).is_absolute():
         return name
-    return f"{directory.rstrip('/')}/{name}"
+    query = ""
+    if directory.startswith(web.SCHEMES):  # a token in the address of a directory opens what lies in it
+        directory, mark, query = directory.partition("?")
+        query = mark + query
+    return f"{directory.rstrip('/')}/{name}{query}"
 
 
 def open_stream(place: str) -> IO[bytes]:
     """Read from the start. Raises what clients do when there is nothing, often OSError."""
     if place.startswith(PIPE):
         return io.BufferedReader(_Piped(place[len(PIPE) :]), 1 << 20)
+    if place.startswith(web.SCHEMES):
+        return web.open_stream(place, SILENCE)
     system, path = _system(place)
     return system.open(path, "rb")
 
@@ -44,29 +52,27 @@ def read_range(place: str, start: int, end: int) -> bytes:
     A `pipe:` has no ranges; of a server without any the whole file comes: look at the length.
     """
     if place.startswith(PIPE):
-        raise OSError(f"{place}: a command has no ranges to read")
+        raise OSError(f"{masked(place)}: a command has no ranges to read")
+    if place.startswith(web.SCHEMES):
+        return web.read_range(place, start, end, SILENCE)
     system, path = _system(place)
     return system.cat_file(path, start=start, end=end)
 
 
 def size(place: str) -> int:
     """Bytes there. Raises OSError."""
+    if place.startswith(web.SCHEMES):
+        return web.size(place, SILENCE)
     system, path = _system(place)
     return int(system.size(path))
 
 
 def _system(place: str) -> tuple[Any, str]:
     """The file system of a place and the path in it. Raises UserError for a kind of place that nothing here reads."""
-    if not place.startswith(("http://", "https://")):
-        try:
-            return fsspec.core.url_to_fs(place)
-        except (ImportError, ValueError) as error:  # no package for it, or no such protocol
-            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
-    from aiohttp import ClientTimeout  # slow to import, needed here only
-
-    # Its default is five minutes for a whole file, however long, and as much for a server that has fallen silent.
-    timeout = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE)}
-    return fsspec.core.url_to_fs(place, client_kwargs=timeout | conf.get("http", {}).get("client_kwargs", {}))
+    try:
+        return fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as error:  # no package for it, or no such protocol
+        raise UserError(f"{place}: {' '.join(str(error).split())}") from error
 
 
 class _Piped(io.RawIOBase):
@@ -77,9 +83,16 @@ class _Piped(io.RawIOBase):
     """
 
     def __init__(self, command: str):
-        self.command = command
-        # Its own process group: what is killed is the whole of `fetch | unpack`, not only the shell.
-        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, process_group=0)
+        self.command = masked(command)
+        # By the environment: a list of processes shows everybody the arguments of a shell. Its own process group: what
+        # is killed is the whole of `fetch | unpack`, not only the shell.
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", f'command=${VARIABLE}; unset {VARIABLE}; eval "$command"'],
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            process_group=0,
+            env=os.environ | {VARIABLE: command},
+        )
         assert self.process.stdout
         self.output, self.has_come = self.process.stdout, select.poll()
         self.has_come.register(self.output, select.POLLIN)

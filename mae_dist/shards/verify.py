@@ -18,6 +18,7 @@ from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.samples import samples
 from mae_dist.shards.tar import BadTar, Digested, members
+from mae_dist.urls import masked
 
 Row = tuple[int, int, int]
 
@@ -31,7 +32,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.key + ': ' if self.key else ''}{self.what}"
+        return masked(f"{self.place}: {self.key + ': ' if self.key else ''}{self.what}")
 
 
 @dataclass(frozen=True)

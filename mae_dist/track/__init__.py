@@ -40,7 +40,7 @@ class TrackConfig:
                 )
         for key, name in VARIABLES.items():
             said, ours = os.environ.get(name), getattr(self, key)
-            if said and ours not in (said, getattr(TrackConfig, key)):
+            if said and ours not in (said, masked(said), getattr(TrackConfig, key)):  # a run keeps it masked
                 raise UserError(
                     masked(f"track.{key}: {ours}, but {name} is {said}; unset the variable, or leave the key out")
                 )

@@ -18,6 +18,7 @@ from tempfile import NamedTemporaryFile
 from typing import IO, Any
 
 from mae_dist.local import fsync, new_file
+from mae_dist.urls import masked
 
 FILE_NAME = "journal.jsonl"
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -164,12 +165,14 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def to_json(value: Any) -> Any:
-    """`value` as plain JSON types: non-finite floats as strings, array scalars as numbers, the rest as str."""
+    """`value` as plain JSON types: non-finite floats as strings, array scalars as numbers, the rest as str; masked."""
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str):
+        return masked(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))

@@ -7,7 +7,6 @@ enough to say so in MLflow. Whatever fails is tried again; what was sent is reme
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -22,9 +21,20 @@ from mae_dist.local import allow_as_umask
 from mae_dist.output import protect
 from mae_dist.track import TrackConfig, journal
 from mae_dist.track.bounds import bounded, limit_answers, longest_call
-from mae_dist.track.place import ENVIRONMENT, PARENT, is_server, opening, sqlite_url, tracking_uri, ui_command, user
+from mae_dist.track.place import (
+    ENVIRONMENT,
+    PARENT,
+    is_server,
+    opening,
+    sqlite_url,
+    tracking_uri,
+    ui_command,
+    usable,
+    user,
+)  # fmt: skip
 from mae_dist.track.state import BATCH_METRICS, Batch, State, Summary, unsent
 from mae_dist.track.tracker import MLflowTracker, is_gone
+from mae_dist.urls import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -108,10 +118,12 @@ class Shipper:
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            print(f"warning: params refused: {error}", flush=True)  # would be refused for ever
+            print(f"warning: params refused: {brief(error)}", flush=True)  # would be refused for ever
 
     def _parent(self, directory: Path) -> str:
         """MLflow's id of another run, which is sent first if it is not there; "" when it has never written a word."""
+        if not self.run_dir.is_relative_to(directory):  # somebody else may have written the journal
+            return ""
         if not State.load(directory).run_id and (directory / journal.FILE_NAME).is_file():
             summary = sync(directory, self.config, tries=1)
             if summary.error:
@@ -122,7 +134,9 @@ class Shipper:
         while self.state.files:
             record = self.state.files[0]
             path = self.run_dir / record["path"]
-            if not path.exists():
+            if not path.resolve().is_relative_to(self.run_dir):  # somebody else may have written the journal
+                print(f"warning: {path} is outside the run; it is not sent", flush=True)
+            elif not path.exists():
                 print(f"warning: {path} is gone; it cannot be sent", flush=True)
             elif "key" in record:
                 with bounded():
@@ -176,7 +190,7 @@ class Shipper:
         from mlflow import MlflowClient
 
         limit_answers()
-        uri = tracking_uri(self.run_dir.parent, self.config.tracking_uri)
+        uri = usable(tracking_uri(self.run_dir.parent, self.config.tracking_uri))
         with opening(uri, self.run_dir.parent) as missing:
             if missing:  # made aside: killed half-way, a store that is there would be broken for ever
                 aside = missing.with_suffix(".new")
@@ -284,7 +298,7 @@ def follow(shipper: Shipper, pid: int, since: float = 0.0, patience: float = PAT
 
 def brief(error: Exception) -> str:
     """An error in one line: how it begins and ends, without passwords."""
-    text = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    text = masked(f"{type(error).__name__}: {' '.join(str(error).split())}")
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
 
 
@@ -312,10 +326,9 @@ def main() -> None:
     parser.add_argument("--follow-pid", type=int, help="stay until this process has ended its run, or is gone")
     parser.add_argument("--since", type=float, default=0.0, help="epoch seconds; end records before that are old")
     parser.add_argument("--experiment", default=TrackConfig.experiment)
-    parser.add_argument("--tracking-uri")
     given = parser.parse_args()
     protect()
-    config = TrackConfig(experiment=given.experiment, tracking_uri=given.tracking_uri)
+    config = TrackConfig(experiment=given.experiment)
     if given.follow_pid is None:
         summary = sync(given.run_dir, config)
         print(summary)

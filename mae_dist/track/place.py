@@ -11,7 +11,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock
 
+from mae_dist.errors import UserError
 from mae_dist.track import TrackConfig, journal, state
+from mae_dist.urls import MASK, has_secret, masked
 
 PARENT = "mae_dist.parent_dir"  # tag: the directory of the run that this one belongs to; nested under it in MLflow
 DRIVER = "sqlite+pysqlite"  # for `sqlite` itself MLflow makes the directory, by its name as quoted
@@ -41,6 +43,13 @@ def _decodes() -> bool:
     from sqlalchemy.engine import make_url  # slow, and needed for such names only
 
     return make_url("sqlite:////%41").database == "/A"
+
+
+def usable(uri: str) -> str:
+    """`uri`. Raises UserError when it lacks the password that a run does not keep."""
+    if MASK in uri:
+        raise UserError(f"track.tracking_uri: {uri}: a run keeps no passwords; write it whole in MLFLOW_TRACKING_URI")
+    return uri
 
 
 def is_server(uri: str) -> bool:
@@ -114,8 +123,8 @@ def ui_command(directory: Path | str, configured: str | None = None) -> str:
     uri = runs_uri(directory, configured)
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    shown = '"$MLFLOW_TRACKING_URI"' if parts.password else shlex.quote(uri)
+        return masked(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+    shown = '"$MLFLOW_TRACKING_URI"' if has_secret(uri) else shlex.quote(uri)
     return f"mlflow ui --backend-store-uri {shown}"
 
 

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from mae_dist.track import TrackConfig
+from mae_dist.track.place import tracking_uri, usable
 from mae_dist.track.state import unsent
+from mae_dist.urls import masked
 
 LOG_NAME = "logs/mlflow.log"
 
@@ -30,7 +32,10 @@ class MLflowTracker:
             if config.mlflow:
                 process = spawn(run_dir, config)
         except Exception as error:
-            print(f"warning: MLflow is off for now: {error}; `mae-dist sync {run_dir}` sends the run", file=sys.stderr)
+            print(
+                f"warning: MLflow is off for now: {masked(str(error))}; `mae-dist sync {run_dir}` sends the run",
+                file=sys.stderr,
+            )
         return cls(run_dir, process, config.close_timeout)
 
     def close(self, timeout: float | None = None) -> None:
@@ -57,10 +62,11 @@ class MLflowTracker:
 
 
 def spawn(run_dir: Path, config: TrackConfig) -> "subprocess.Popen[bytes]":
-    """Start the shipper of `run_dir`, following this process. Raises OSError."""
+    """Start the shipper of `run_dir`, following this process. Raises OSError, and UserError as `usable` does."""
     command = [sys.executable, "-P", "-m", "mae_dist.track.mlflow", str(run_dir)]
     command += ["--follow-pid", str(os.getpid()), "--since", repr(time.time()), "--experiment", config.experiment]
-    command += ["--tracking-uri", config.tracking_uri] if config.tracking_uri else []
+    uri = usable(tracking_uri(run_dir.parent, config.tracking_uri))
+    told = {"MLFLOW_TRACKING_URI": uri} if config.tracking_uri else {}  # not by arguments, which everybody can see
     package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     log = run_dir / LOG_NAME
@@ -72,7 +78,7 @@ def spawn(run_dir: Path, config: TrackConfig) -> "subprocess.Popen[bytes]":
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, "PYTHONPATH": paths, **told},
         )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mae_dist.engine.world import World
 from mae_dist.track.tracker import is_gone
+from mae_dist.urls import masked
 
 SIZE = 1024  # bytes of a file: written at once and never shorter, so that no reader sees half of it
 # How the last phase of a rank begins:
@@ -67,7 +68,7 @@ class Board:
         return self.logs / f"rank-{rank}.beat"
 
     def write(self, step: int, phase: str, seconds: float = 0.0, late: str = "") -> None:
-        said = phase[: SIZE // 2], round(seconds, 1), late[: SIZE // 4]
+        said = masked(phase)[: SIZE // 2], round(seconds, 1), late[: SIZE // 4]
         text = json.dumps([self.rank, os.getpid(), HOST, step, *said])
         with suppress(OSError):
             os.pwrite(self.file, text.encode().ljust(SIZE)[:SIZE], 0)

@@ -18,6 +18,7 @@ from mae_dist.train.validate import PICTURE
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
 FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
+    "data.allow_commands",
     "train.runs_dir", "train.micro_batch_size", "train.device", "train.log_every", "train.eval_every",
     "train.knn_every", "train.save_every", "train.save_minutes", "train.async_save", "train.keep_checkpoints",
     "train.keep_every", "train.max_skipped", "train.accept_changes", "train.timeout", "train.watchdog",

@@ -20,6 +20,7 @@ from mae_dist.data.resampled import ResampledStream
 from mae_dist.data.ring import Ring
 from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
 from mae_dist.errors import Ended, UserError
+from mae_dist.launched import rank_or_zero
 from mae_dist.model import MAE
 from mae_dist.model.sizes import check_fits
 from mae_dist.track.journal import read
@@ -38,6 +39,7 @@ from mae_dist.train.schedule import CosineSchedule
 from mae_dist.train.stop import Stopped, StopRequest
 from mae_dist.train.validate import PICTURE, PICTURED, Validation
 from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
+from mae_dist.urls import masked
 
 
 def pretrain(config: Config) -> int:
@@ -60,7 +62,7 @@ def pretrain(config: Config) -> int:
         world.leave()  # not after an error: the other ranks may hang in what this would wait for
     except Stopped as stopped:
         code = 128 + stopped.signal
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank_or_zero() == 0:
             print(f"\n{config.train.name}: {stopped}", flush=True)
     except Exception as error:
         if isinstance(error, Ended) or not is_echo(error):
@@ -192,7 +194,7 @@ def _end(run: Run, cause: BaseException | None) -> None:
     elif isinstance(cause, KeyboardInterrupt):
         said, status, reason = f"{STOPPED}{signal.SIGINT}", "KILLED", "interrupted"
     else:
-        status, reason = "FAILED", f"{type(cause).__name__}: {cause}"
+        status, reason = "FAILED", masked(f"{type(cause).__name__}: {cause}")
         said = LEFT if isinstance(cause, RankLost) else f"{FAILED}{reason}"
         said = f"{MISTAKE}{cause}" if isinstance(cause, UserError) else said
     run.watch.close(said)

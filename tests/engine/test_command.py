@@ -43,12 +43,18 @@ def test_zero_3_on_two_processes_then_fsdp_alone(shards, plain, tmp_path):
 
 
 @needs_deepspeed
+def test_deepspeed_needs_no_launcher(shards, plain, tmp_path):
+    mae_dist(*arguments(shards, tmp_path, 3, "--engine.name=deepspeed"), timeout=300)
+    assert losses(tmp_path / "t") == pytest.approx({step: plain[step] for step in (1, 2, 3)}, rel=1e-5)
+
+
+@needs_deepspeed
 @pytest.mark.skipif(not shutil.which("deepspeed", path=Path(sys.executable).parent), reason="no deepspeed launcher")
 def test_under_the_launcher_of_deepspeed(shards, plain, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_gpus=2", "--no_ssh_check"]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", "--no_ssh_check"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--module", "mae_dist"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [*launcher, *arguments(shards, tmp_path, 3, "--engine.name=deepspeed")]

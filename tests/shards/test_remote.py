@@ -51,11 +51,12 @@ def s3(shards):
     started.stop()
 
 
-def stream(place, cache=None, workers=0, batch=23, limit=None, lanes=1, window=0, **options) -> ImageStream:
+def stream(place, cache=None, workers=0, batch=23, limit=None, lanes=1, window=0, commands=False, **options):
     cache_dir = str(cache) if cache else None
     config = DataConfig(
-        shards=str(place), workers=workers, cache_dir=cache_dir, cache_bytes=limit, lanes=lanes, window=window
-    )
+        shards=str(place), workers=workers, cache_dir=cache_dir, cache_bytes=limit, lanes=lanes, window=window,
+        allow_commands=commands,
+    )  # fmt: skip
     return ImageStream(open_sources(config, SIZE, 3)[0], SIZE, config, seed=5, global_batch_size=batch, **options)
 
 
@@ -153,7 +154,7 @@ def test_a_command_has_no_ranges_and_is_waited_for(shards, tmp_path):
     shutil.copytree(shards, copy)
     manifest = Manifest.load(copy)
     replace(manifest, shards=[replace(s, name=f"pipe:cat {shards}/{s.name}") for s in manifest.shards]).save()
-    made = stream(copy, tmp_path / "cache", workers=1)
+    made = stream(copy, tmp_path / "cache", workers=1, commands=True)
     batches = iter(made)
     assert_same(take(batches, 2), take(iter(stream(shards)), 2))
     counted = made.views.source.counts_read()

@@ -100,7 +100,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(shards, copy):
     manifest = Manifest.load(copy)
     entries = [replace(manifest.shards[0], name="pipe:kill -9 $PPID; sleep 1", index="train-00000.idx.npy")]
     replace(manifest, shards=[*entries, *manifest.shards[1:]]).save()
-    done = mae_dist("verify", copy, "--workers", 2, check=False)
+    done = mae_dist("verify", copy, "--workers", 2, "--data.allow_commands", "true", check=False)
     assert done.returncode == 2 and "error: one of 2 processes was killed" in done.stderr
 
 

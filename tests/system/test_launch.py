@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from tests.cluster.job import MARK, marked
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = "launch/torchrun.sh"
@@ -91,11 +98,87 @@ def test_elastic_is_a_rendezvous_with_restarts(tmp_path: Path) -> None:
     assert "--max-restarts=10" in done.stdout
 
 
-def test_two_processes_train(tmp_path: Path) -> None:
-    arguments = ["--config", "configs/demo.yaml", "--data.fake", "true", "--train.steps", "4"]
-    arguments += ["--train.runs_dir", str(tmp_path), "--train.global_batch_size", "8"]
-    done = torchrun(*arguments, NPROC="2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (journal,) = tmp_path.glob("*/journal.jsonl")
-    assert journal.stat().st_size > 0
-    assert list(tmp_path.glob("*/checkpoints/step-*4"))
+def listeners(pids: list[int]) -> set[str]:
+    """Local addresses, in hex, of the TCP sockets that these processes listen on."""
+    links = [link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
+    inodes = set()
+    for link in links:
+        with suppress(OSError):  # closed meanwhile
+            inodes |= set(re.findall(r"socket:\[(\d+)\]", str(link.readlink())))
+    tables = [Path(f"/proc/{pids[0]}/net/{name}") for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables if table.exists() for row in table.read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def test_two_processes_train_and_listen_on_loopback_only(tmp_path: Path) -> None:
+    arguments = ["--config", "configs/demo.yaml", "--data.fake", "true", "--train.steps", "100000"]
+    arguments += ["--train.runs_dir", str(tmp_path), "--train.global_batch_size", "8", "--train.log_every", "1"]
+    mark = uuid.uuid4().hex
+    env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    env |= {"PYTHON": sys.executable, "NPROC": "2", MARK: mark}
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen([TORCHRUN, *arguments], env=env, cwd=REPOSITORY, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 300
+            while b"step 1/" not in (tmp_path / "log").read_bytes():
+                assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            found = listeners([process.pid for process in marked(mark)])
+        finally:
+            job.send_signal(signal.SIGTERM)
+            status = job.wait(300)
+    assert found == {"0100007F"}
+    assert status == 143, (tmp_path / "log").read_text()
+    assert list(tmp_path.glob("*/checkpoints/step-*"))
+
+
+SOURCES = [
+    ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a",
+      "PET_MASTER_PORT": "5"},
+     "--nnodes=2 --nproc-per-node=4 --node-rank=1 --master-addr=a --master-port=5"),
+    ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "NODE_RANK": "1", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a"},
+     "--nnodes=2 --nproc-per-node=1 --node-rank=1 --master-addr=a --master-port=29500"),
+    ({"PET_NNODES": "2:4", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "a:7", "PET_MAX_RESTARTS": "3"},
+     "--nnodes=2:4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=a:7 --rdzv-id=mae_dist --max-restarts=3"),
+    ({"PET_NNODES": "1", "WORLD_SIZE": "4", "PET_NPROC_PER_NODE": "4"}, "--nnodes=1 --nproc-per-node=4 --standalone"),
+    ({"MASTER_PORT": "7"}, "--nnodes=1 --nproc-per-node=1 --rdzv-endpoint=127.0.0.1:7 --local-addr=127.0.0.1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "words"), SOURCES)
+def test_kubeflow_says_who_meets_where(tmp_path: Path, settings: dict[str, str], words: str) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"; env | grep ^PET_; true\n')
+    (tmp_path / "python").chmod(0o755)
+    done = torchrun("--config", "x.yaml", PYTHON=str(tmp_path / "python"), **settings)
+    assert done.returncode == 0, done.stderr
+    assert f"-m mae_dist.launch {words}" in done.stdout
+    assert not re.search("^PET_(?!.*auto)", done.stdout.partition("mae_dist.launch")[2], re.MULTILINE)
+    told = [f" {name}={value}" for name, value in settings.items() if name in ("PET_NODE_RANK", "PET_NNODES")]
+    assert all(word in done.stderr for word in told if "NODE_RANK" not in settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"PET_NNODES": "2", "NNODES": "3"}, "NNODES=3 and PET_NNODES=2 disagree"),
+        (
+            {"PET_NNODES": "2", "PET_MASTER_ADDR": "a", "MASTER_ADDR": "b"},
+            "MASTER_ADDR=b and PET_MASTER_ADDR=a disagree",
+        ),
+        ({"PET_NPROC_PER_NODE": "2", "NPROC": "1"}, "NPROC=1 and PET_NPROC_PER_NODE=2 disagree"),
+        ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1", "PET_MASTER_ADDR": "b"}, "disagree"),
+        ({"PET_NNODES": "2", "PET_RDZV_BACKEND": "etcd"}, "PET_RDZV_BACKEND=etcd is not known here"),
+        ({"NNODES": "2", "PET_STANDALONE": "1"}, "PET_STANDALONE=1 and NNODES=2 disagree"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "SLURM_STEP_NUM_TASKS=2 says that this is started 2 times, but NNODES is not set",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 says that this is started 2 times"),
+        ({"MASTER_ADDR": "a"}, "MASTER_ADDR=a is set, but NNODES is not"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 is set, but NNODES is not"),
+        ({"NNODES": "1", "NODE_RANK": "1"}, "NODE_RANK=1 is not a whole number from 0 to 0"),
+    ],
+)
+def test_worlds_of_their_own_and_contradictions_are_refused(settings: dict[str, str], words: str) -> None:
+    done = torchrun("--config", "configs/demo.yaml", **settings)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
