@@ -281,12 +281,18 @@ def sync(arguments: Sequence[str]) -> int:
     parser.add_argument("--experiment", help="name of the MLflow experiment (the run's own)")
     parser.add_argument("--tracking-uri", help="where MLflow stores (the run's own)")
     given = parser.parse_args(arguments)
-    from mae_dist.evaluate.checkpoints import run_config
+    from mae_dist.evaluate.tracked import TrackConfig, track_config
     from mae_dist.track.mlflow import sync as send
 
-    config = dataclasses.replace(
-        run_config(given.run).track, **{key: value for key, value in vars(given).items() if key != "run" and value}
-    )
+    run = given.run.resolve()
+    try:
+        config = track_config(run)
+    except UserError:
+        if not given.tracking_uri:
+            raise
+        config = TrackConfig()
+    told = {key: value for key, value in vars(given).items() if key != "run" and value}
+    config = dataclasses.replace(config, **told)
     config.check()
     summary = send(given.run, config)
     print(summary)

@@ -29,7 +29,7 @@ from mae_dist.urls import masked
 from mae_dist.values import Text, Written, read_file, value_of
 
 C = TypeVar("C")
-ALLOW = "data.allow_commands"
+ACCEPT, ALLOW = "train.accept_changes", "data.allow_commands"
 PREFIX = "MAE_DIST_"  # MAE_DIST_TRAIN__SEED=1
 CONFIG_VARIABLE = "MAE_DIST_CONFIG"  # a file, below those of the command line
 OTHER_VARIABLES = (CONFIG_VARIABLE, "MAE_DIST_GIT_COMMIT", "MAE_DIST_TURBOJPEG")  # no keys
@@ -71,9 +71,10 @@ class Config:
 
 
 def to_yaml(config: Any) -> str:
-    """Every value of a config dataclass as YAML, without secrets, and without the word that lets commands run."""
+    """Every value of a config dataclass as YAML, without secrets, and without what is said for one start."""
     content = plain(dataclasses.asdict(config))
     content["data"] |= {"allow_commands": False}
+    content["train"] |= {"accept_changes": False}
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -144,6 +145,8 @@ def load(
             raise UserError(
                 f"{file}: {ALLOW}: a file cannot give this word; write --{ALLOW} true, or {variable(ALLOW)}"
             )
+        if found.pop(ACCEPT, False):  # it would be accepted for ever
+            note(f"{file}: {ACCEPT}: true is left out; it is for one start, on its command line")
         values |= found
         brought = file if "data.shards" in found else brought
     told = checked(options, kind)
@@ -156,17 +159,21 @@ def load(
     for key, value in without.items():
         if values[key] != value:
             raise UserError(f"{key}: {values[key]}: is for pretraining, not for {prog}; leave it out")
-    sections = {
-        f.name: type(getattr(kind(), f.name))(
-            **{key.split(".")[1]: value for key, value in values.items() if key.split(".")[0] == f.name}
-        )
-        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
-    }
-    config = kind(**sections)
+    config = with_values(kind(), values)
     if "--print_config" in flags:
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+def with_values(config: C, values: Mapping[str, Any]) -> C:
+    """A config with other values of some keys; lists are tuples in it."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = tuple(value) if isinstance(value, list) else value
+    changed = {name: dataclasses.replace(getattr(config, name), **of) for name, of in sections.items()}
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
 def parse(arguments: Sequence[str], prog: str, kind: type) -> tuple[list[Written], list[str], set[str]]:

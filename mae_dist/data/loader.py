@@ -118,14 +118,17 @@ class Views:
         return [pixels[t - top : t - top + h, x - left : x - left + w] for t, x, h, w in boxes], label
 
 
-def rank_positions(start: int, global_batch_size: int, accumulate: int, rank: int, world_size: int) -> Iterator[Ints]:
+def rank_positions(
+    start: int, global_batch_size: int, accumulate: int, rank: int, world_size: int, shift: int = 0
+) -> Iterator[Ints]:
     """Positions of this rank's micro-batches, from global batch `start` on, without end.
 
-    Rank r takes positions r, r + W, ... of each global batch, cut into `accumulate` micro-batches.
+    Global batch 0 begins at position `shift`. Rank r takes positions r, r + W, ... of each global batch, cut into
+    `accumulate` micro-batches.
     """
     k = start
     while True:
-        first = k * global_batch_size
+        first = k * global_batch_size + shift
         mine = np.arange(first + rank, first + global_batch_size, world_size)
         yield from np.split(mine, accumulate)
         k += 1
@@ -137,7 +140,7 @@ def fetched_ahead(positions: Iterable[Ints], source: Source, course: Course, beh
     try:
         for micro_batch in positions:
             if prefetcher:
-                prefetcher.at(int(micro_batch[0]) // course.global_batch_size)
+                prefetcher.at((int(micro_batch[0]) - course.shift) // course.global_batch_size)
             yield micro_batch
     finally:
         if prefetcher:
@@ -198,7 +201,7 @@ class ImageStream:
     `config.repeated_aug` views of each of B / R samples, which has then been seen in epochs e R to e R + R - 1. `node`:
     the ranks whose remote shards this one has fetched ahead (None: its own). An unreadable image is listed in `bad` and
     replaced by another of its window; without `bad` it raises UserError. `views(epochs, samples)`: how samples are
-    seen, instead of a random crop and flip.
+    seen, instead of a random crop and flip. `shift`: samples of the stream before global batch 0.
     """
 
     def __init__(
@@ -216,10 +219,11 @@ class ImageStream:
         bad: BadSamples | None = None,
         node: range | None = None,
         views: Callable[[Ints, Ints], list[View]] | None = None,
+        shift: int = 0,
     ):
         self.order = SampleOrder(source.counts, seed, config.lanes, config.window)
         samples = global_batch_size // config.repeated_aug
-        self.positions = partial(rank_positions, start, samples, accumulate, rank, world_size)
+        self.positions = partial(rank_positions, start, samples, accumulate, rank, world_size, shift)
         views = views or partial(random_views, config=config, seed=seed)
         others = partial(
             stand_ins, seed=seed, num_samples=self.order.num_samples, lanes=self.order.lanes, window=config.window
@@ -228,7 +232,8 @@ class ImageStream:
         self.workers, self.pin_memory, self.rank = config.workers, pin_memory, rank
         self.batch_size = global_batch_size // world_size // accumulate
         ranks = range(rank, rank + 1) if node is None else node
-        self.course = Course(self.order.counts, seed, config.lanes, config.window, samples, ranks, world_size, start)
+        line = self.order.counts, seed, config.lanes, config.window
+        self.course = Course(*line, samples, ranks, world_size, start, shift)
 
     def __iter__(self) -> Iterator[Batch]:
         behind = 1 + HELD + batches_ahead(self.workers, self.batch_size)

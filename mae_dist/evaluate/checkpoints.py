@@ -16,7 +16,7 @@ from mae_dist.errors import UserError, note
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.sizes import at_size
 from mae_dist.train.checkpoint import COMMITTED, META, committed, problems
-from mae_dist.train.resume import CONFIG_FILE
+from mae_dist.train.resume import CONFIG_FILE, changed, decided, read_config
 
 
 def newest_of(path: Path) -> Path:
@@ -29,11 +29,6 @@ def newest_of(path: Path) -> Path:
             f"{path}: no checkpoint here; write a run's directory (runs/NAME) or one of its checkpoints/step-*"
         )
     return found[-1]
-
-
-def run_config(run: Path) -> Config:
-    """The config that a run directory was started with. Raises UserError when it holds none."""
-    return configs.load(["--config", str(run / CONFIG_FILE)], environ={}, runs=False)
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,19 @@ class Pretrained:
 
 
 def load_config(checkpoint: Path) -> Config:
-    """The config of the run that a checkpoint belongs to."""
-    return run_config(checkpoint.parent.parent)
+    """The config of the run that a checkpoint belongs to.
+
+    What decides the numbers is what the checkpoint says; the run's `config.yaml` says the rest, as far as it is there.
+    """
+    path, saved = checkpoint.parent.parent / CONFIG_FILE, decided(checkpoint)
+    there = read_config(path, Config)
+    if there is None and saved:
+        note(f"{path}: missing or not a config: the model is what the checkpoint says, the rest the defaults")
+        return configs.with_values(Config(), saved)
+    config = configs.load(["--config", str(path)], environ={}, runs=False)
+    for change in changed({key: saved[key] for key in saved.keys() & (there or {}).keys()}, there or {}):
+        note(f"{path}: not what the checkpoint was trained with, which is used: {change}")
+    return configs.with_values(config, saved)
 
 
 def load(run: str | Path) -> MAE:

@@ -145,7 +145,7 @@ def knn(
             features = asked(question.of, question.pool, pretrained, sources[:2], config)
             name = name_of("knn", step, params | features)
             directory = pretrained.run_dir / EVALUATIONS / name
-            with logged(directory, pretrained, track, 0, params) as journal:
+            with logged(directory, pretrained, track, {"step": 0, "params": params}) as journal:
                 metrics = {metric(f"knn_k{k}", kind): value for kind, row in table.items() for k, value in row.items()}
                 journal.write({"kind": "metrics", "step": step, "metrics": metrics})
         return as_text(table, question) if world.is_main else ""

@@ -1,7 +1,6 @@
 """Training with labels: the one loop of the linear probe and of fine-tuning. The same command again resumes."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from mae_dist import config as configs
+from mae_dist.config import flat, plain
 from mae_dist.data import BadSamples, ImageStream, Source, evaluation_batches, subset
 from mae_dist.data.augment import View
 from mae_dist.data.feed import DeviceFeed, Normalise
@@ -36,9 +36,17 @@ from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.health import Health, check_skipped
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress, say
-from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, save_config
+from mae_dist.train.resume import (
+    check_lost,
+    check_resume,
+    identity,
+    mend_config,
+    save_config,
+    stamp,
+    start_record,
+)
 from mae_dist.train.saving import Saver
-from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.schedule import Plan
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 
 SHORT = {"--init": "--network.init", "--fraction": "--labels.fraction", "--per-class": "--labels.per_class"}
@@ -95,11 +103,8 @@ class Session:
     stream: ImageStream
     test: Source
     bad: BadSamples
-    num_samples: int
     accumulate: int
-    start: int
-    total: int
-    schedule: CosineSchedule
+    plan: Plan
     saver: Saver
     meta: dict
     stop: StopRequest
@@ -151,73 +156,84 @@ def prepare(
     whole, test, num_classes = labelled_sources(merged)
     source = subset(whole, config.labels.fraction, config.labels.per_class, config.labels.seed)
     num_samples = int(source.counts.sum())
-    total = t.steps or math.ceil(t.epochs * num_samples / batch)
     learner = make(world, num_classes, accumulate)
-    meta = identity(config, source)
-    meta["data"]["init"] = pretrained.digest
+    meta = identity(config, source, test) | origin(pretrained, config)
     stack.enter_context(alone(t.run_dir, world))
+    check_lost(t.run_dir, world)
     checkpoints = Checkpoints(t.run_dir / "checkpoints", world, t.keep_checkpoints, t.keep_every)
     newest = checkpoints.newest()
-    start = check_resume(config, newest, meta) if newest else 0
+    start, seen = check_resume(config, newest, meta) if newest else (0, 0)
+    stamp(meta)
+    peak = config.optim.blr * batch / 256 if config.optim.lr is None else config.optim.lr
+    plan = Plan(t, config.optim, peak, num_samples, start, seen)
+    if start == 0:
+        plan.check()
     if newest:
         learner.read(newest)
-    if start >= total:
+    if start >= plan.total:
         if world.is_main:
-            print(f"{t.run_dir}: complete, {start} of {total} steps; for another write --train.name NAME")
+            print(f"{t.run_dir}: complete, {start} of {plan.total} steps; for another write --train.name NAME")
+            mend_config(config)
         return None
     bad = BadSamples(t.run_dir, config.data.max_bad_fraction, num_samples)
+    first, shift = plan.batches(config.data.repeated_aug)
     stream = ImageStream(
-        source, merged.model.height_width, config.data, t.seed, batch, accumulate, start, world.rank, world.size,
-        pin_memory=world.device.type == "cuda", bad=bad, node=world.node, views=views,
+        source, merged.model.height_width, config.data, t.seed, batch, accumulate, first, world.rank, world.size,
+        pin_memory=world.device.type == "cuda", bad=bad, node=world.node, views=views, shift=shift,
     )  # fmt: skip
-    warmup = min(config.optim.warmup_epochs * num_samples / batch, total)
-    peak = config.optim.blr * batch / 256 if config.optim.lr is None else config.optim.lr
-    schedule = CosineSchedule(peak, config.optim.min_lr, warmup, total)
     return Session(
-        pretrained, config, world, learner, stream, test, bad, num_samples, accumulate, start, total, schedule,
+        pretrained, config, world, learner, stream, test, bad, accumulate, plan,
         Saver(checkpoints, lambda: learner, learner.num_bytes, in_background=False, minutes=t.save_minutes), meta, stop,
     )  # fmt: skip
 
 
+def origin(pretrained: Pretrained, config: Any) -> dict[str, Any]:
+    """For the identity of a training: which network is trained, and whose weights it begins with."""
+    whose = {"digest": pretrained.digest, "checkpoint": str(pretrained.checkpoint)}
+    init = whose if config.network.init == "pretrained" else {"digest": None}
+    return {"pretrained": {f"model.{key}": plain(value) for key, value in flat(pretrained.config.model)}, "init": init}
+
+
 def report(session: Session) -> None:
     """Train with, on rank 0, a journal of its own."""
-    config, start = session.config, session.start
+    config = session.config
     if not session.world.is_main:
         return fit(session, None)
     save_config(config)
-    params = {key: value for key, value in configs.flat(config) if key.split(".")[0] in ("network", "labels", "optim")}
-    params |= {"global_batch_size": config.train.global_batch_size, "steps": session.total, "seed": config.train.seed}
-    with logged(config.train.run_dir, session.pretrained, config.track, start, params, (CONFIG_FILE,)) as journal:
+    params = {key: value for key, value in flat(config) if key.split(".")[0] in ("network", "labels", "optim")}
+    total = session.plan.total
+    params |= {"global_batch_size": config.train.global_batch_size, "steps": total, "seed": config.train.seed}
+    start = start_record(session.plan.start, session.meta, params, {})
+    with logged(config.train.run_dir, session.pretrained, config.track, start) as journal:
         session.saver.journal = journal
         return fit(session, journal)
 
 
 def fit(session: Session, journal: Journal | None) -> None:
-    """Make every update from `start` to `total`. Raises Stopped on an agreed signal."""
-    config, learner = session.config.train, session.learner
+    """Make every update from the plan's `start` to its `total`. Raises Stopped on an agreed signal."""
+    config, learner, plan = session.config.train, session.learner, session.plan
     feed = DeviceFeed(iter(session.stream), session.world.device)
     normalise = Normalise(session.config.data, session.world.device)
     health = Health(session.world, None)
     meters = Meters(session.world, config.global_batch_size, health)
     agreement = Agreement(session.world)
-    progress = Progress(session.start, session.total)
-    epoch_steps = session.num_samples / config.global_batch_size
-    if session.start == 0:
+    progress = Progress(plan.start, plan.total)
+    if plan.start == 0:
         score(session, 0, journal)  # also: test images that cannot be read are an error now, not after hours
-    for k in range(session.start, session.total):
+    for k in range(plan.start, plan.total):
         for micro in range(session.accumulate):
             batch = next(feed)
             learner.forward_backward(normalise(batch.images), batch, micro == session.accumulate - 1)
-        meters.add(learner.step(session.schedule.lr(k)), feed.waited)
+        meters.add(learner.step(plan.lr(k)), feed.waited)
         stop = agreement.soon(session.stop.signal)
         feed.waited, session.stop.begun = 0.0, True
-        done, last, due = k + 1, k + 1 == session.total, False
-        if k == session.start + 1:  # every rank is through its first step, and what that compiled
+        done, last, due = k + 1, k + 1 == plan.total, False
+        if k == plan.start + 1:  # every rank is through its first step, and what that compiled
             session.world.set_timeout(config.timeout)
         if last or done % config.log_every == 0:
-            read = done * config.global_batch_size // session.config.data.repeated_aug
+            read = plan.images(done) // session.config.data.repeated_aug
             found, rate = session.bad.count(read), session.stream.worker_rate()
-            reading = meters.sync(session.schedule.lr(k), done / epoch_steps, found, rate, session.saver.due)
+            reading = meters.sync(plan.lr(k), plan.epoch(done), found, rate, session.saver.due)
             due = reading.save_due
             if journal:
                 journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics})
@@ -230,7 +246,8 @@ def fit(session: Session, journal: Journal | None) -> None:
         if last or done % config.eval_every == 0:
             score(session, done, journal)
         if last or stop or due or done % config.save_every == 0:
-            session.saver.save(done, session.meta, wait=bool(last or stop), streak=health.streak())
+            meta = session.meta | {"images": plan.images(done)}
+            session.saver.save(done, meta, wait=bool(last or stop), streak=health.streak())
         meters.pause(time.perf_counter() - began)
         if stop and not last:
             raise Stopped(stop, done)

@@ -27,7 +27,7 @@ from mae_dist.evaluate.options import LinearConfig
 from mae_dist.evaluate.tracked import logged, name_of
 from mae_dist.shards.order import SampleOrder
 from mae_dist.train.checkpoint import step_of
-from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.schedule import Plan
 
 EPS, HEAD_STD, BN_MOMENTUM, TRUST = 1e-6, 0.01, 0.1, 0.001
 CHUNK = 4096  # rows classified at once
@@ -86,14 +86,12 @@ def train_heads(
     """Train a head for each (blr, weight decay) by LARS: features (N, D) float32, labels (N,) int64. Collective."""
     t, optim, batch = config.train, config.optim, config.train.global_batch_size
     device, count = features.device, len(features)
-    total = t.steps or -(-int(t.epochs * count) // batch)
-    warmup = min(optim.warmup_epochs * count / batch, total)
-    schedules = [CosineSchedule(blr * batch / 256, optim.min_lr, warmup, total) for blr, _ in settings]
+    plans = [Plan(t, optim, blr * batch / 256, count) for blr, _ in settings]
     decay = torch.tensor([wd for _, wd in settings], device=device)[:, None, None]
     heads = first_heads(len(settings), features.shape[1], num_classes, seed, device)
     moments = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     order = SampleOrder([count], seed)
-    for k in range(total):
+    for k in range(plans[0].total):
         ids = torch.from_numpy(order.lookup(range(k * batch + world.rank, (k + 1) * batch, world.size)).id).to(device)
         rows, truth = features[ids], labels[ids]
         mean = world.sum(rows.sum(0)) / batch
@@ -105,7 +103,7 @@ def train_heads(
         gradient = world.sum((error.flatten(1).T @ x).unflatten(0, heads.bias.shape)) / batch
         update = gradient + decay * heads.weight
         update *= trust(heads.weight, update, TRUST, (1, 2))
-        lr = torch.tensor([schedule.lr(k) for schedule in schedules], device=device)
+        lr = torch.tensor([plan.lr(k) for plan in plans], device=device)
         moments[0].mul_(optim.momentum).add_(update)
         moments[1].mul_(optim.momentum).add_(world.sum(error.sum(0)) / batch)
         heads.weight.sub_(lr[:, None, None] * moments[0])
@@ -161,7 +159,9 @@ def sweep(pretrained: Pretrained, config: LinearConfig) -> int:
         train, test, num_classes = labelled_sources(merged)
         parts = [subset(train, config.labels.fraction, config.labels.per_class, seed) for seed in config.sweep.seeds]
         for part, seed in zip(parts, config.sweep.seeds, strict=True):
-            held_out(labels_of(part), config.sweep.held_out, seed)  # raises before anything is made
+            labels = labels_of(part)
+            few = len(labels) - len(held_out(labels, config.sweep.held_out, seed))
+            Plan(config.train, config.optim, 0.0, few).check()  # both raise before anything is made
         kinds = ("untrained",) if config.network.init == "none" else config.sweep.kinds
         pool, table = config.network.pool, dict[str, list[Best]]()
         for kind in kinds:
@@ -184,7 +184,7 @@ def log(table: dict[str, list[Best]], pretrained: Pretrained, config: LinearConf
     params |= {key: getattr(config.train, key) for key in ("global_batch_size", "epochs", "steps", "precision")}
     step = step_of(pretrained.checkpoint)
     run_dir = Path(config.train.runs_dir) / name_of("sweep", step, params | features)
-    with logged(run_dir, pretrained, config.track, 0, params) as journal:
+    with logged(run_dir, pretrained, config.track, {"step": 0, "params": params}) as journal:
         metrics = {metric("linear", kind): sum(b.test for b in row) / len(row) for kind, row in table.items()}
         journal.write({"kind": "metrics", "step": step, "metrics": metrics})
 

@@ -18,7 +18,7 @@ from mae_dist.model.sizes import at_size, check_fits, config_of, has_decoder
 from mae_dist.ranges import check_numbers
 from mae_dist.train.checkpoint import digest, write_meta
 from mae_dist.train.options import TrainConfig
-from mae_dist.train.resume import CONFIG_FILE
+from mae_dist.train.resume import CONFIG_FILE, IMPORT_MARK, deciding
 
 
 def import_run(
@@ -63,10 +63,10 @@ def write(out: Path, config: Config, weights: dict[str, Tensor], origin: dict[st
     with new_directory(out) as aside:
         checkpoint = aside / "checkpoints" / "step-00000000"
         checkpoint.mkdir(parents=True)
-        (aside / CONFIG_FILE).write_text(config.to_yaml())
+        (aside / CONFIG_FILE).write_text(f"{IMPORT_MARK}\n{config.to_yaml()}")
         save_tensors({key: tensor.contiguous() for key, tensor in weights.items()}, checkpoint / WEIGHTS)
         save_tensors({f"{COUNTER}updates": torch.zeros(())}, checkpoint / "optimizer-00000-of-00001.safetensors")
-        meta = {"step": 0, "data": {"digest": "", "num_samples": 0}, "imported": origin}
+        meta = {"step": 0, "data": {"digest": "", "num_samples": 0}, "imported": origin, "config": deciding(config)}
         write_meta(checkpoint, meta, {path.name: digest(path) for path in checkpoint.iterdir()})
 
 

@@ -35,7 +35,10 @@ END = -1  # said instead of a batch
 
 @dataclass(frozen=True)
 class Course:
-    """The samples that the ranks of one node will take. `ranks`: of this node; `start`: the first global batch."""
+    """The samples that the ranks of one node will take.
+
+    `ranks`: of this node; `start`: the first global batch; `shift`: samples of the stream before global batch 0.
+    """
 
     counts: NDArray[np.int64]
     seed: int
@@ -45,6 +48,7 @@ class Course:
     ranks: range
     world_size: int
     start: int
+    shift: int = 0
 
     def offsets(self) -> NDArray[np.int64]:
         """Places of this node's samples in each global batch."""
@@ -56,7 +60,9 @@ class Course:
         order = SampleOrder(self.counts, self.seed, self.lanes, self.window)
         k, offsets = self.start, self.offsets()
         while True:
-            shards, first = np.unique(order.lookup(k * self.global_batch_size + offsets).shard, return_index=True)
+            shards, first = np.unique(
+                order.lookup(k * self.global_batch_size + self.shift + offsets).shard, return_index=True
+            )
             yield k, shards[np.argsort(first)].tolist()
             k += 1
 

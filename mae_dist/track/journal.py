@@ -3,6 +3,8 @@
 Each line reaches the operating system when it is written, and the disk with `sync`, which goes with each checkpoint.
 Kinds of record, all with "time" (epoch seconds): start, metrics, image, artifact, cut, end. Non-finite floats are
 kept as the strings "nan", "inf" and "-inf", so that every line is valid JSON, and come back as floats.
+
+A line that a disk has spoilt is no record: nobody who reads gets it, `cut` names it and leaves it where it is.
 """
 
 import json
@@ -22,6 +24,13 @@ from mae_dist.urls import masked
 
 FILE_NAME = "journal.jsonl"
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+NAMED = 5  # unreadable lines in a warning
+FIELDS: dict[str, dict[str, type]] = {  # of each kind that readers rely on
+    "metrics": {"step": int, "metrics": dict},
+    "image": {"step": int, "key": str, "path": str},
+    "artifact": {"path": str},
+    "cut": {"steps": int},
+}
 
 
 class Journal:
@@ -61,23 +70,27 @@ class Journal:
     def cut(self, step: int) -> int:
         """Drop every record of a step greater than `step`; returns how many steps that are, which will be run again.
 
-        Records without a step stay, and starts. Written aside, synced and renamed: a reader sees the old file or the
-        new one. Raises OSError.
+        Records without a step stay, and starts; so do lines that are no records, which are counted and named on stderr.
+        Written aside, synced and renamed: a reader sees the old file or the new one. Raises OSError.
         """
         with self._lock:
             self._flush()
-            dropped = 0
+            dropped, spoilt = 0, list[int]()
             with new_file(self.path) as aside, self.path.open("rb") as old, aside.open("wb") as new:
-                for line in whole_lines(old):
+                for number, line in enumerate(whole_lines(old), 1):
                     record = parse(line)
-                    if record is None:
+                    if record is not None and is_after(record, step):
+                        dropped = max(dropped, record["step"] - step)
                         continue
-                    if is_after(record, step):
-                        dropped = max(dropped, int(record["step"]) - step)
-                    else:
-                        new.write(line)
+                    new.write(line)
+                    if record is None:
+                        spoilt.append(number)
             os.close(self._fd)
             self._fd = self._open()
+        if spoilt:
+            lines = ", ".join(map(str, spoilt[:NAMED])) + (", ..." if len(spoilt) > NAMED else "")
+            counted = f"{len(spoilt)} line{'s are' if len(spoilt) > 1 else ' is'} no record"
+            print(f"warning: {self.path}: {counted} and kept, but not counted: line {lines}", file=sys.stderr)
         return dropped
 
     def close(self) -> None:
@@ -143,8 +156,7 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
 
 def is_after(record: dict[str, Any], step: int) -> bool:
     """Whether a record belongs to a later step than `step`; a start, and one without a step, belong to none."""
-    own = record.get("step")
-    return isinstance(own, int | float) and own > step and record.get("kind") != "start"
+    return record.get("step", step) > step and record.get("kind") != "start"
 
 
 def whole_lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -156,12 +168,33 @@ def whole_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The record of one line; None for what is no JSON object (a power cut can leave zeros)."""
+    """The record of one line; None for what is none: no JSON object, or with a wrong type where readers need one."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = from_json(json.loads(line))
+    except (ValueError, RecursionError):  # a power cut can leave zeros, a bad disk anything
         return None
-    return from_json(record) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and is_sound(record) else None
+
+
+def is_sound(record: dict[str, Any]) -> bool:
+    """Whether the fields that readers rely on are there and of their types: others may be anything."""
+    time, step, kind = record.get("time", 0.0), record.get("step", 0), record.get("kind", "")
+    needed = FIELDS.get(kind, {}) if isinstance(kind, str) else {}
+    return (
+        type(time) in (int, float)
+        and 0 <= time < 1e11  # no NaN either
+        and type(step) is int
+        and 0 <= step < 1 << 53
+        and all(type(record.get(name)) is wanted for name, wanted in needed.items())
+        and all(isinstance(record.get(name) or {}, dict) for name in ("params", "tags"))
+        and isinstance(record.get("artifacts") or [], list)
+    )
+
+
+def number(record: dict[str, Any], key: str, default: float = 0.0) -> float:
+    """A metric of a record; `default` when it is not there, or no finite number."""
+    value = (record.get("metrics") or {}).get(key, default)
+    return value if isinstance(value, int | float) and abs(value) < 1e300 else default
 
 
 def to_json(value: Any) -> Any:

@@ -2,6 +2,10 @@
 
 It is a process of its own, so a slow or dead MLflow costs the trainer nothing, and it outlives a killed trainer long
 enough to say so in MLflow. Whatever fails is tried again; what was sent is remembered in `<run_dir>/mlflow.json`.
+
+A run in MLflow is the copy of one directory's journal. When the journal is no longer what was sent (other settings or
+data, a step done again with other numbers), a new run takes its place: the whole journal, tagged with the old run's id
+and why; the old one stays as it was.
 """
 
 import argparse
@@ -10,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +26,9 @@ from mae_dist.local import allow_as_umask
 from mae_dist.output import protect
 from mae_dist.track import TrackConfig, journal
 from mae_dist.track.bounds import bounded, limit_answers, longest_call
-from mae_dist.track.place import (
-    ENVIRONMENT,
-    PARENT,
-    is_server,
-    opening,
-    sqlite_url,
-    tracking_uri,
-    ui_command,
-    usable,
-    user,
-)  # fmt: skip
-from mae_dist.track.state import BATCH_METRICS, Batch, State, Summary, unsent
+from mae_dist.track.identity import END, claim, whereabouts
+from mae_dist.track.place import ENVIRONMENT, PARENT, is_server, opening, sqlite_url, tracking_uri, ui_command, usable
+from mae_dist.track.state import BATCH_METRICS, FOLLOWS, Batch, Differs, State, Summary, as_utf8, unsent
 from mae_dist.track.tracker import MLflowTracker, is_gone
 from mae_dist.urls import masked
 
@@ -76,7 +72,14 @@ class Shipper:
                 client = self.client or self._connect()
             if client is None:
                 return
-            self._send_records(client)
+            try:
+                self._send_records(client)
+            except Differs as difference:
+                print(f"MLflow run {self.state.run_id} stays as it is, a new one begins: {difference}", flush=True)
+                self.state = self.state.another(FOLLOWS, str(difference))
+                with bounded():
+                    client = self._connect() or client
+                self._send_records(client)
             try:
                 self._send_files(client)
             finally:  # a broken artifact store must not leave a finished run "running"
@@ -87,10 +90,17 @@ class Shipper:
             raise
 
     def _send_records(self, client: "MlflowClient") -> None:
+        run_id = self.state.run_id
+
+        @cache
+        def shown(key: str) -> dict[int, float]:
+            with bounded():
+                return {point.step: point.value for point in client.get_metric_history(run_id, key)}
+
         with (self.run_dir / journal.FILE_NAME).open("rb") as file:
             self.state.seek(file)
             lines = journal.whole_lines(file)
-            while self.state.batch or self.state.gather(lines):
+            while self.state.batch or self.state.gather(lines, shown):
                 assert self.state.batch is not None
                 self.state.save(self.run_dir)
                 self._send(client, self.state.batch)
@@ -104,31 +114,43 @@ class Shipper:
 
         parent = self._parent(Path(batch.tags[PARENT])) if PARENT in batch.tags else None
         nested = {} if parent is None else {"mlflow.parentRunId": parent}
+        params = [Param(key, as_utf8(value)) for key, value in batch.params.items()]
+        try:  # first: of a run that was started otherwise nothing else is sent
+            with bounded():
+                client.log_batch(self.state.run_id, params=params, synchronous=True)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            with bounded():
+                there = client.get_run(self.state.run_id).data.params
+            changed = [
+                f"{p.key} was {old} and is {p.value}" for p in params if (old := there.get(p.key, p.value)) != p.value
+            ]
+            if changed:
+                raise Differs("; ".join(changed)) from None
+            print(f"warning: params refused: {brief(error)}", flush=True)  # would be refused for ever
         # MLflow keeps one of two equal (key, value, step, timestamp), so a batch sent twice is there once.
         points = [Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch.points]
         for i in range(0, len(points), BATCH_METRICS):
             with bounded():
                 client.log_batch(self.state.run_id, metrics=points[i : i + BATCH_METRICS], synchronous=True)
         tags = [RunTag(key, as_utf8(value)) for key, value in (batch.tags | nested).items() if value]
-        params = [Param(key, as_utf8(value)) for key, value in batch.params.items()]
-        try:
-            with bounded():
-                client.log_batch(self.state.run_id, tags=tags, synchronous=True)
-                client.log_batch(self.state.run_id, params=params, synchronous=True)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            print(f"warning: params refused: {brief(error)}", flush=True)  # would be refused for ever
+        with bounded():
+            client.log_batch(self.state.run_id, tags=tags, synchronous=True)
 
     def _parent(self, directory: Path) -> str:
         """MLflow's id of another run, which is sent first if it is not there; "" when it has never written a word."""
         if not self.run_dir.is_relative_to(directory):  # somebody else may have written the journal
             return ""
-        if not State.load(directory).run_id and (directory / journal.FILE_NAME).is_file():
+        if not (directory / journal.FILE_NAME).is_file():
+            return ""
+        mine = whereabouts(directory.resolve())
+        if State.load(directory).holder != mine:
             summary = sync(directory, self.config, tries=1)
             if summary.error:
                 print(f"warning: {directory} is not in MLflow: {summary.error}", flush=True)
-        return State.load(directory).run_id
+        state = State.load(directory)
+        return state.run_id if state.holder == mine else ""
 
     def _send_files(self, client: "MlflowClient") -> None:
         while self.state.files:
@@ -174,9 +196,9 @@ class Shipper:
         if status in ("RUNNING", "SCHEDULED"):
             client.update_run(self.state.run_id, status=status)
             if status == "RUNNING" and self.state.settled:
-                client.set_tag(self.state.run_id, "mae_dist.end", "resumed", synchronous=True)
+                client.set_tag(self.state.run_id, END, "resumed", synchronous=True)
         else:
-            client.set_tag(self.state.run_id, "mae_dist.end", reason[:1000], synchronous=True)
+            client.set_tag(self.state.run_id, END, reason[:1000], synchronous=True)
             client.set_terminated(self.state.run_id, status, int(when * 1000))
         self.state.settled = settled
         self.state.save(self.run_dir)
@@ -200,28 +222,9 @@ class Shipper:
                 aside.rename(missing)
             client = MlflowClient(uri)
             experiment = self._experiment(client, uri)
-        if self.state.run_id and not is_there(client, self.state.run_id):
-            print(f"MLflow has no run {self.state.run_id} (any more); sending everything to a new one", flush=True)
-            self.state = State(died=self.state.died)
-        if not self.state.run_id:
-            self.state.save(self.run_dir)  # the key first: whatever happens now, the run is found by it
-            found = client.search_runs([experiment], f"tags.\"mae_dist.key\" = '{self.state.key}'", max_results=1)
-            self.state.run_id = found[0].info.run_id if found else self._create(client, experiment, first)
-            self.state.save(self.run_dir)
+        self.state = claim(client, experiment, self.run_dir, self.state)
         self.client = client
         return client
-
-    def _create(self, client: "MlflowClient", experiment: str, first: dict[str, Any]) -> str:
-        tags = {
-            "mae_dist.key": self.state.key,
-            "mae_dist.run_dir": str(self.run_dir),
-            "mlflow.user": user(),
-            "mlflow.source.name": "mae-dist",
-            "mlflow.source.type": "LOCAL",
-        }
-        tags, name = {key: as_utf8(value) for key, value in tags.items()}, as_utf8(self.run_dir.name)
-        began = int(float(first.get("time", time.time())) * 1000)
-        return client.create_run(experiment, start_time=began, tags=tags, run_name=name).info.run_id
 
     def _experiment(self, client: "MlflowClient", uri: str) -> str:
         """The experiment's id; it is made if need be, with its artifacts beside the runs unless a server keeps them."""
@@ -300,23 +303,6 @@ def brief(error: Exception) -> str:
     """An error in one line: how it begins and ends, without passwords."""
     text = masked(f"{type(error).__name__}: {' '.join(str(error).split())}")
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"
-
-
-def as_utf8(text: str) -> str:
-    """`text`, in which the name of a file need not be UTF-8, as MLflow takes it: with escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def is_there(client: "MlflowClient", run_id: str) -> bool:
-    """Whether a run exists and is not deleted."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
 
 
 def main() -> None:

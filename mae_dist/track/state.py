@@ -8,7 +8,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +20,9 @@ FILE_NAME = "mlflow.json"
 END_REASON_DIED = "the training process died without a word"
 NONFINITE_KEY = "health/nonfinite"
 BATCH_METRICS = 500
+FOLLOWS, COPY, WHY = "mae_dist.follows", "mae_dist.copy_of", "mae_dist.why"
+COMPARED = ("loss/", "eval/", "optim/")  # metrics that a step made again has again; how fast it was may differ
+TOLERANCE = 1e-5  # relative: rounding, where another number of processes adds up
 STATUSES = ("FINISHED", "FAILED", "KILLED", "SCHEDULED")  # the last: ended, and to be started again by a scheduler
 
 
@@ -31,6 +34,13 @@ class Point(NamedTuple):
     time: float
     """Epoch seconds."""
     step: int
+
+
+class Differs(Exception):
+    """The journal is no longer that of the run in MLflow: why."""
+
+
+Shown = Callable[[str], Mapping[int, float]]
 
 
 @dataclass
@@ -55,6 +65,14 @@ class State:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tag of the run in MLflow: a run whose creation was answered too late is found by it, and not made twice."""
     run_id: str = ""
+    holder: str = ""
+    """The run directory (`whereabouts`) that writes to this run in MLflow, as it is tagged there."""
+    links: dict[str, str] = field(default_factory=dict)
+    """Tags: the run in MLflow that this one FOLLOWS, or is a COPY of, and WHY it is another one."""
+    identity: str = ""
+    """Of the last start: what decides the numbers. "": none was said."""
+    began: float = 0.0
+    """Starts before this time (epoch seconds) are history that the run in MLflow was made with."""
     offset: int = 0
     """Bytes of the journal that have been read."""
     line_length: int = 0
@@ -63,11 +81,10 @@ class State:
     step: int = -1
     """The largest step of a metric that was sent."""
     steps: dict[str, int] = field(default_factory=dict)
-    """The same for each metric, and each image key after an "@". A step run again gives what is there already."""
+    """The same for each metric, and each image key after an "@". A step run again gives what is there already, or the
+    run in MLflow is another one from there on (`Differs`)."""
     nonfinite: int = 0
     """Values that were no finite number."""
-    params: list[str] = field(default_factory=list)
-    """Names that were sent: MLflow never lets a param change."""
     starts: list[float] = field(default_factory=list)
     """Times of the start records: an attempt that a cut journal shows again is not counted again."""
     batch: Batch | None = None
@@ -80,6 +97,12 @@ class State:
     """When the training process was found dead without an end record; 0: it was not."""
     settled: str = ""
     """The status MLflow was told last."""
+    resumed: bool = False
+    """The last record was a start: no training loss has followed it."""
+
+    def another(self, link: str, why: str) -> "State":
+        """Of another run in MLflow, with the whole journal; `link`: FOLLOWS or COPY."""
+        return State(links={link: self.run_id, WHY: why}, died=self.died)
 
     @classmethod
     def load(cls, run_dir: Path) -> "State":
@@ -108,8 +131,12 @@ class State:
             self.line_digest = digest(b"")
             file.seek(0)
 
-    def gather(self, lines: Iterable[bytes]) -> bool:
-        """Take the next `batch` from lines that follow `offset`; False if there are none."""
+    def gather(self, lines: Iterable[bytes], shown: Shown | None = None) -> bool:
+        """Take the next `batch` from lines that follow `offset`; False if there are none.
+
+        `shown`: what MLflow has of a metric, by step. Raises Differs when it has other numbers than the journal, or
+        of a run that was started otherwise.
+        """
         batch = Batch()
         for line in lines:
             self.offset += len(line)
@@ -117,7 +144,9 @@ class State:
             batch.records += 1
             record = journal.parse(line)
             try:
-                self._take(record or {}, batch)
+                if record is None:
+                    raise ValueError("no record")
+                self._take(record, batch, shown)
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 print(f"warning: not a record for MLflow ({error!r}): {line[:200]!r}", flush=True)
             if len(batch.points) >= BATCH_METRICS:
@@ -125,10 +154,10 @@ class State:
         self.batch = batch if batch.records else None
         return batch.records > 0
 
-    def _take(self, record: dict[str, Any], batch: Batch) -> None:
+    def _take(self, record: dict[str, Any], batch: Batch, shown: Shown | None) -> None:
         kind = record.get("kind")
         if kind == "metrics":
-            self._take_metrics(record, batch)
+            self._take_metrics(record, batch, shown)
         elif kind == "start":
             self._take_start(record, batch)
         elif kind == "image":
@@ -140,12 +169,16 @@ class State:
         elif kind == "end":
             self.end = {"status": record.get("status"), "reason": record.get("reason"), **at(record)}
 
-    def _take_metrics(self, record: dict[str, Any], batch: Batch) -> None:
+    def _take_metrics(self, record: dict[str, Any], batch: Batch, shown: Shown | None) -> None:
         step, time = int(record["step"]), at(record)["time"]
-        bad = self.nonfinite
+        bad, first = self.nonfinite, self.resumed
         for name, value in record["metrics"].items():
             key = clean(str(name))
+            self.resumed = self.resumed and not key.startswith("loss/train")
             if not self._is_new(key, step):
+                mean = key.startswith("loss/train") and first  # over fewer steps than the mean that was cut off
+                if shown and key.startswith(COMPARED) and not mean and not same(value, shown(key).get(step)):
+                    raise Differs(f"{key} of step {step} was {shown(key).get(step, math.nan)} and is {value}")
                 continue
             if isinstance(value, int | float) and math.isfinite(value):
                 batch.points.append(Point(key, float(value), time, step))
@@ -157,17 +190,18 @@ class State:
 
     def _take_start(self, record: dict[str, Any], batch: Batch) -> None:
         time = at(record)["time"]
-        self.end = None
+        self.end, self.resumed = None, True
         if time in self.starts:
             return
+        identity = str(record.get("identity") or "")
+        if time >= self.began:
+            if identity and self.identity not in ("", identity):
+                raise Differs("it was started with other settings or data")
+            self.identity = identity or self.identity
+            batch.params |= {clean(str(name)): str(value) for name, value in (record.get("params") or {}).items()}
         self.starts.append(time)
         self.died = self.died if time < self.died else 0.0
         batch.points.append(Point("progress/attempt", float(len(self.starts)), time, int(record.get("step", 0))))
-        for name, value in (record.get("params") or {}).items():
-            key = clean(str(name))
-            if key not in self.params:
-                self.params.append(key)
-                batch.params[key] = str(value)
         tags = (record.get("tags") or {}).items()
         batch.tags.update({clean(str(name)): str(value) for name, value in tags if value is not None})
         batch.tags["mae_dist.attempts"] = str(len(self.starts))
@@ -215,6 +249,18 @@ class Summary:
 def at(record: dict[str, Any]) -> dict[str, float]:
     """The time of a record, by itself."""
     return {"time": float(record.get("time", 0.0))}
+
+
+def same(value: Any, there: float | None) -> bool:
+    """Whether a metric is what MLflow has, to rounding; it has none of what was no finite number."""
+    if there is None or not isinstance(value, int | float) or not math.isfinite(value):
+        return there is None and not (isinstance(value, int | float) and math.isfinite(value))
+    return math.isclose(value, there, rel_tol=TOLERANCE, abs_tol=1e-12)
+
+
+def as_utf8(text: str) -> str:
+    """`text`, in which the name of a file need not be UTF-8, as MLflow takes it: with escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def clean(name: str) -> str:

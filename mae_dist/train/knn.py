@@ -1,6 +1,5 @@
 """k-NN accuracy while pretraining goes on, so that a run shows what its features are worth, not only its loss."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,16 +17,11 @@ from mae_dist.shards.order import SampleOrder
 from mae_dist.track.journal import Journal
 from mae_dist.train import validate
 from mae_dist.train.progress import say
+from mae_dist.train.schedule import Plan
 
 IMAGES, NEIGHBOURS = 10_000, 20  # at most so many training images vote, and held-out images are classified
 KNN_STREAM = 0x6B6E6E
 KNN = "eval/knn"
-
-
-def is_due(step: int, config: Config, epoch_steps: float) -> bool:
-    """Whether another `train.knn_every` epochs were completed by this update."""
-    every = (config.train.knn_every or math.inf) * epoch_steps
-    return math.floor(step / every) > math.floor((step - 1) / every)
 
 
 class KnnWatch:
@@ -44,7 +38,7 @@ class KnnWatch:
         train: Source,
         held_out: Source | None,
         batch_size: int,
-        epoch_steps: float,
+        plan: Plan,
         world: World,
         bad: BadSamples | None = None,
     ):
@@ -54,13 +48,13 @@ class KnnWatch:
                 "train.knn_every: needs labelled images to classify: --data.val_shards SHARDS (or a number)"
             )
         self.world, self.batch_size, self.bad = world, batch_size, bad
-        self.config, self.epoch_steps = config, epoch_steps
+        self.config, self.plan, self.every = config, plan, config.train.knn_every
         self.train, self.held_out = train, held_out
         self.num_classes = count_classes(train, held_out)
         self.normalise = Normalise(config.data, world.device)
 
     def due(self, step: int) -> bool:
-        return is_due(step, self.config, self.epoch_steps)
+        return self.plan.completes(step, self.every)
 
     def run(self, step: int, engine: Engine, journal: Journal | None, stop: Callable[[], int] = lambda: 0) -> None:
         """Measure on all ranks; rank 0 writes the journal. Collective. `stop` as `Validation.run` has it."""

@@ -21,7 +21,7 @@ from mae_dist.train.knn import KnnWatch
 from mae_dist.train.meters import Meters
 from mae_dist.train.progress import Progress
 from mae_dist.train.saving import Saver
-from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.schedule import Plan
 from mae_dist.train.stop import Agreement, Stopped, StopRequest
 from mae_dist.train.validate import Validation
 from mae_dist.train.watchdog import DATA, SAVING, Watchdog
@@ -37,14 +37,9 @@ class Run:
     stream: ImageStream | ResampledStream
     bad: BadSamples
     accumulate: int
-    start: int
-    """Updates already done."""
-    total_steps: int
-    epoch_steps: float
-    """Updates in one epoch; a batch may straddle two."""
+    plan: Plan
     counts_read: Callable[[], dict[str, int]]
     """Of remote shards: hits, misses, bytes and so on since the start, by this rank and its prefetcher."""
-    schedule: CosineSchedule
     saver: Saver
     meta: dict
     """Saved with each checkpoint."""
@@ -61,35 +56,35 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Make every update from `run.start` to `run.total_steps`. Raises Stopped on an agreed signal."""
-    config, health, watch = run.config.train, run.health, run.watch
+    """Make every update from the plan's `start` to its `total`. Raises Stopped on an agreed signal."""
+    config, health, watch, plan = run.config.train, run.health, run.watch, run.plan
     feed = DeviceFeed(iter(run.stream), run.world.device)
     normalise = Normalise(run.config.data, run.world.device)
     meters = Meters(run.world, config.global_batch_size, health)
-    progress = Progress(run.start, run.total_steps)
+    progress = Progress(plan.start, plan.total)
     agreement = Agreement(run.world)
-    if run.start == 0:
+    if plan.start == 0:
         run.validation.draw(0, run.engine, run.journal)  # the untrained model; and drawing fails now or never
     for what in run.evaluate_first:
-        what.run(run.start, run.engine, run.journal)
-    for k in range(run.start, run.total_steps):
+        what.run(plan.start, run.engine, run.journal)
+    for k in range(plan.start, plan.total):
         for micro in range(run.accumulate):
             watch.enter(DATA, k + 1)
             batch = next(feed)
             watch.enter("forward and backward", k + 1)
             run.engine.forward_backward(normalise(batch.images), noise_of(batch, run), micro == run.accumulate - 1)
         watch.enter("update", k + 1)
-        meters.add(run.engine.step(run.schedule.lr(k), health.veto(run.engine.loss)), feed.waited)
+        meters.add(run.engine.step(plan.lr(k), health.veto(run.engine.loss)), feed.waited)
         stop = agreement.soon(run.stop.signal)
         feed.waited = 0.0
-        done, last, due = k + 1, k + 1 == run.total_steps, False
+        done, last, due = k + 1, k + 1 == plan.total, False
         run.stop.begun = True
-        if k == run.start + 1:  # every rank is through its first step, and what that compiled
+        if k == plan.start + 1:  # every rank is through its first step, and what that compiled
             run.world.set_timeout(config.timeout)
         if last or done % config.log_every == 0:
-            read = done * config.global_batch_size // run.config.data.repeated_aug
+            read = plan.images(done) // run.config.data.repeated_aug
             found, rate = run.bad.count(read), run.stream.worker_rate()
-            reading = meters.sync(run.schedule.lr(k), done / run.epoch_steps, found, rate, run.saver.due)
+            reading = meters.sync(plan.lr(k), plan.epoch(done), found, rate, run.saver.due)
             if run.journal:
                 counts = {f"remote/{name}": count for name, count in run.counts_read().items()}
                 run.journal.write({"kind": "metrics", "step": done, "metrics": reading.metrics | counts})
@@ -107,7 +102,8 @@ def train(run: Run) -> None:
             stop = evaluate(run, run.knn, done, agreement)
         if last or stop or due or done % config.save_every == 0:
             watch.enter(SAVING, done)
-            run.saver.save(done, run.meta, wait=bool(last or stop), streak=health.streak())
+            meta = run.meta | {"images": plan.images(done)}
+            run.saver.save(done, meta, wait=bool(last or stop), streak=health.streak())
         meters.pause(time.perf_counter() - began)
         if stop:
             raise Stopped(stop, done)

@@ -33,9 +33,18 @@ from mae_dist.train.health import Health
 from mae_dist.train.knn import IMAGES, KNN, KnnWatch
 from mae_dist.train.loop import Run, train
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
-from mae_dist.train.resume import CONFIG_FILE, check_resume, identity, open_journal, unmeasured
+from mae_dist.train.resume import (
+    check_lost,
+    check_resume,
+    identity,
+    mend_config,
+    open_journal,
+    stamp,
+    start_record,
+    unmeasured,
+)  # fmt: skip
 from mae_dist.train.saving import Saver
-from mae_dist.train.schedule import CosineSchedule
+from mae_dist.train.schedule import Plan
 from mae_dist.train.stop import Stopped, StopRequest
 from mae_dist.train.validate import PICTURE, PICTURED, Validation
 from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
@@ -82,9 +91,7 @@ def _train(
     stack: ExitStack,
 ) -> None:
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
-    num_samples = int(sources[0].counts.sum())
-    total = config.train.steps or math.ceil(config.train.epochs * num_samples / batch)
-    meta = identity(config, sources[0]) | {"world_size": world.size}
+    meta = identity(config, *sources) | {"world_size": world.size}
     micro = batch // world.size // accumulate
     check_fits(config.model, micro)
     torch.manual_seed(config.train.seed)
@@ -92,24 +99,28 @@ def _train(
     engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
     keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
     stack.enter_context(alone(run_dir, world))
+    check_lost(run_dir, world)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, keep, keep_every)
     newest = checkpoints.newest()
     health = Health(world, config.train.spike_sigma)
-    start = resume(config, newest, engine, health, meta) if newest else 0
-    epoch_steps = num_samples / batch
+    start, seen = resume(config, newest, engine, health, meta) if newest else (0, 0)
+    stamp(meta)
+    plan = Plan(config.train, config.optim, config.optim.peak_lr(batch), int(sources[0].counts.sum()), start, seen)
+    if start == 0:
+        plan.check()
     missing: set[str] = set()
     if start:
-        missing = world.broadcast(unmeasured(config, start, total, epoch_steps) if world.is_main else missing)
-    if start >= total and not missing:
+        missing = world.broadcast(unmeasured(config, plan) if world.is_main else missing)
+    if start >= plan.total and not missing:
         if world.is_main:
-            print(f"{run_dir}: complete, {start} of {total} steps; for another run write --train.name NAME")
+            print(f"{run_dir}: complete, {start} of {plan.total} steps; for another run write --train.name NAME")
+            mend_config(config)
         return
-    warmup = min(config.optim.warmup_epochs * epoch_steps, total)
     bad = bad_samples(config, *sources)
     validation = Validation(config, sources[1], sources[0], micro, world, bad)
-    knn = KnnWatch(config, *sources, micro, epoch_steps, world, bad) if config.train.knn_every else None
+    knn = KnnWatch(config, *sources, micro, plan, world, bad) if config.train.knn_every else None
     again = {PICTURE: validation, KNN: knn}
-    journal = open_journal(config, world, start) if world.is_main else None
+    journal = open_journal(config, start) if world.is_main else None
     take = partial(capture, engine, health.counters)
     saver = Saver(checkpoints, take, state_bytes(engine), config.train.async_save, config.train.save_minutes, journal)
     if start == 0:
@@ -118,14 +129,11 @@ def _train(
         config=config,
         world=world,
         engine=engine,
-        stream=open_stream(config, sources[0], world, accumulate, start, bad),
+        stream=open_stream(config, sources[0], world, accumulate, plan, bad),
         bad=bad,
         accumulate=accumulate,
-        start=start,
-        total_steps=total,
-        epoch_steps=epoch_steps,
+        plan=plan,
         counts_read=sources[0].counts_read,
-        schedule=CosineSchedule(config.optim.peak_lr(batch), config.optim.min_lr, warmup, total),
         saver=saver,
         meta=meta,
         validation=validation,
@@ -133,7 +141,7 @@ def _train(
         journal=journal,
         stop=stop,
         health=health,
-        watch=Watchdog(run_dir, world, stop, config.train.watchdog, start),
+        watch=Watchdog(run_dir, world, stop, config.train.watchdog, plan.start),
         evaluate_first=[what for name, what in again.items() if what and name in missing],
     )
     _train_and_report(run)
@@ -149,9 +157,11 @@ def bad_samples(config: Config, train: Source, held_out: Source | None) -> BadSa
 
 
 def open_stream(
-    config: Config, source: Source, world: World, accumulate: int, start: int, bad: BadSamples
+    config: Config, source: Source, world: World, accumulate: int, plan: Plan, bad: BadSamples
 ) -> ImageStream | ResampledStream:
-    return (ImageStream if config.data.mode == "exact" else ResampledStream)(
+    start, shift = plan.batches(config.data.repeated_aug)
+    stream = partial(ImageStream, shift=shift) if config.data.mode == "exact" else ResampledStream
+    return stream(
         source, config.model.height_width, config.data, config.train.seed, config.train.global_batch_size, accumulate,
         start, world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
@@ -208,19 +218,22 @@ def account(run: Run) -> None:
     """Say where the time of the whole run went, here and in the journal."""
     assert run.journal
     try:
-        spent = goodput(read(run.journal.path))
-    except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # also a record that is none of ours
-        print(f"warning: {run.journal.path}: cannot be summed up: {error!r}", file=sys.stderr)
+        spent = goodput(read(run.journal.path), ended=True)
+    except OSError as error:
+        print(f"warning: {run.journal.path}: {error.strerror}", file=sys.stderr)
         return
     run.journal.write({"kind": "metrics", "step": spent.step, "metrics": spent.metrics()})
     print(f"{run.config.train.name}: {spent}", flush=True)
 
 
-def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> int:
-    """Load a checkpoint; returns the updates behind it. Raises UserError when config or data are not the run's."""
-    step = check_resume(config, checkpoint, meta)
+def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> tuple[int, int]:
+    """Load a checkpoint; returns the updates behind it and the images seen.
+
+    Raises UserError when config or data are not the run's.
+    """
+    done = check_resume(config, checkpoint, meta)
     health.restore(restore(engine, checkpoint))
-    return step
+    return done
 
 
 def describe(run: Run) -> None:
@@ -234,7 +247,7 @@ def describe(run: Run) -> None:
         "norm_pix_loss": model.norm_pix_loss,
         "global_batch_size": batch,
         "peak_lr": config.optim.peak_lr(batch),
-        "steps": run.total_steps,
+        "steps": run.plan.total,
         "seed": config.train.seed,
     }
     tags = {
@@ -248,14 +261,13 @@ def describe(run: Run) -> None:
     if commit:
         tags["mlflow.source.git.commit"] = commit
     assert run.journal
-    start = {"kind": "start", "step": run.start, "params": params, "tags": tags, "artifacts": [CONFIG_FILE]}
-    run.journal.write(start)
+    run.journal.write(start_record(run.plan.start, run.meta, params, tags))
     count = sum(map(math.prod, run.engine.shapes.values()))
     print(
         f"{config.train.run_dir}: {model.enc_name} ({count / 1e6:.1f} M parameters with decoder), "
-        f"{run.meta['data']['num_samples']} images, {run.total_steps} steps of {batch} = {world.size} processes x "
+        f"{run.meta['data']['num_samples']} images, {run.plan.total} steps of {batch} = {world.size} processes x "
         f"{run.accumulate} x {batch // world.size // run.accumulate} on {tags['device']} in {config.train.precision}"
-        + (f"; resumed at step {run.start}" if run.start else ""),
+        + (f"; resumed at step {run.plan.start}" if run.plan.start else ""),
         flush=True,
     )
     if config.track.mlflow:

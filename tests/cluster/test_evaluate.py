@@ -185,7 +185,7 @@ def test_unreadable_test_images_have_a_limit(run, shards, tmp_path, handlers):
     """Before the first step, whatever the training images are like, however often the command is started."""
     broken = corrupt(shards, tmp_path / "broken", range(0, 46, 3))
     words = [str(run), f"--data.shards={shards}", f"--data.val_shards={broken}", "--train.global_batch_size=8"]
-    words += ["--train.steps=1", f"--train.runs_dir={tmp_path}", "--train.name=probe"]
+    words += ["--train.steps=2", f"--train.runs_dir={tmp_path}", "--train.name=probe"]
     for _ in range(2):
         with pytest.raises(UserError, match=r"16 bad samples among 46 read, .* --data.max_bad_fraction 0.7$"):
             COMMANDS["linear"](words)

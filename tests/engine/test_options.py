@@ -42,7 +42,7 @@ def test_what_belongs_together_is_accepted():
 def test_the_package_needs_no_deepspeed_and_says_so_in_a_line(tmp_path):
     """With deepspeed absent (hidden), everything but its own engine works; that one is a user's mistake."""
     (tmp_path / "deepspeed.py").write_text("raise ImportError('no deepspeed here')")
-    run = ["pretrain", *TINY, "--data.fake=true", "--train.steps=1", "--train.global_batch_size=2"]
+    run = ["pretrain", *TINY, "--data.fake=true", "--train.steps=2", "--train.global_batch_size=2"]
     run += [f"--train.runs_dir={tmp_path}", "--engine.name=deepspeed"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
     command = [sys.executable, "-m", "mae_dist", *run]

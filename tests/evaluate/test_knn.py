@@ -48,7 +48,13 @@ def test_too_many_unreadable_images_are_no_accuracy(run, shards, tmp_path, capsy
     COMMANDS["knn"]([*command, "--test", str(shards)])
     COMMANDS["knn"]([*command, "--test", str(broken), "--pool", "cls", "--data.max_bad_fraction", "0.7"])
     assert capsys.readouterr().out.count("k-NN accuracy") == len(names(run, "knn")) == 2
-    sweep = [str(run), "--sweep", f"--data.shards={shards}", f"--data.val_shards={broken}"]  # of the class token too
+    sweep = [
+        str(run),
+        "--sweep",
+        f"--data.shards={shards}",
+        f"--data.val_shards={broken}",
+        "--train.global_batch_size=8",
+    ]
     with pytest.raises(UserError, match="16 bad samples among 46 read"):
         COMMANDS["linear"](sweep)
 

@@ -295,7 +295,7 @@ def test_shards_of_others_on_s3_are_indexed_where_they_lie_and_stream(images, s3
 def test_commands_take_a_manifest_from_elsewhere_as_pretrain_does(shards, s3, tmp_path, monkeypatch):
     """On S3, on a web server, and on one without ranges: what is said and drawn is what local shards give."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the cache
-    mae_dist(*pretrain(shards, tmp_path / "runs", "--train.steps=1"))
+    mae_dist(*pretrain(shards, tmp_path / "runs", "--train.steps=2"))
     run, servers = tmp_path / "runs" / "t", [HTTPServer(shards), HTTPServer(shards, ranges=False)]
     said = []
     for place in (shards, "s3://shards/train", *(server.url for server in servers)):
@@ -314,7 +314,7 @@ def test_commands_take_a_manifest_from_elsewhere_as_pretrain_does(shards, s3, tm
 @pytest.mark.dist
 def test_commands_say_in_one_line_what_is_not_there(shards, server, s3, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
-    mae_dist(*pretrain(shards, tmp_path, "--train.steps=1"))
+    mae_dist(*pretrain(shards, tmp_path, "--train.steps=2"))
     run = tmp_path / "t"
     for place in ("s3://shards/none", "s3://no-such-bucket/train", f"{server.url}/none", "foo://train"):
         for command in (["verify", place], ["info", place], ["reconstruct", run, place],

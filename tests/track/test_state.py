@@ -111,13 +111,13 @@ def test_batches_are_small_and_end_between_records(tmp_path: Path) -> None:
     assert unsent(tmp_path) == 0
 
 
-def test_params_are_sent_once_and_tags_follow_the_last_start(tmp_path: Path) -> None:
+def test_params_and_tags_are_those_of_the_last_start(tmp_path: Path) -> None:
     opened = Journal(tmp_path / journal.FILE_NAME)
     opened.write({"kind": "start", "step": 0, "params": {"lr": 1}, "tags": {"host": "a", "gone": None}})
     opened.write({"kind": "start", "step": 5, "params": {"lr": 2, "new": 3}, "tags": {"host": "b"}})
     opened.close()
     (batch,) = Reader(tmp_path).poll()
-    assert batch.params == {"lr": "1", "new": "3"}
+    assert batch.params == {"lr": "2", "new": "3"}
     assert batch.tags == {"host": "b", "mae_dist.attempts": "2"}
 
 

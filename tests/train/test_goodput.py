@@ -79,7 +79,8 @@ def test_work_restarts_and_saves_are_all_of_the_time(lives, save_every, log_ever
     assert found.skipped == sum(life.skipped)
     assert found.saves == pytest.approx(sum(life.saves.values()))
     assert found.seconds - found.restarts - found.saves == pytest.approx(sum(life.work), abs=1e-3)
-    assert found.fraction == pytest.approx(sum(life.work) / found.seconds, abs=1e-6)
+    counted = sum(life.work) * (1 - sum(life.skipped) / len(life.skipped))
+    assert found.fraction == pytest.approx(counted / found.seconds, abs=1e-6)
 
 
 @given(lives=attempts, save_every=st.integers(1, 5), log_every=st.integers(1, 3))
@@ -117,6 +118,40 @@ def test_a_resume_from_further_back_keeps_every_attempt():
 def test_it_reads_like_a_sentence():
     said = str(Goodput(500, 12, 200_000.0, 7800.0, 720.0, 214, 1, 3))
     assert said == (
-        "12 attempts in 2d07h, of which 95.7% was work that counted; restarts took 2h10m (214 steps done again), "
-        "saves 12m00s; 1 step skipped, 3 bad samples"
+        "12 attempts in 2d07h, of which 95.5% was work that counted; restarts took 2h10m (214 steps done again), "
+        "saves 12m00s; 1 of 500 steps skipped, 3 bad samples"
     )
+    assert ", 1m05s after the last checkpoint in vain; 0 of 7 steps" in str(Goodput(7, unsaved=65.0))
+
+
+@pytest.mark.parametrize(("steps", "skipped", "share"), [(0, 0, 0.0), (30, 30, 0.0), (30, 29, 1 / 30), (30, 0, 1.0)])
+def test_updates_that_were_skipped_or_never_made_are_no_work(steps, skipped, share):
+    life = Life(log_every=1, save_every=1000)
+    life.attempt([(1.0, 0.0, step < skipped) for step in range(steps)], says_so=False)
+    life.now += 1.0
+    life.write("image")
+    assert goodput(life.records).fraction == pytest.approx(share)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_no_checkpoint_knows_of_is_in_vain_once_the_run_has_ended(in_background):
+    """10 steps of a second, a save after the fourth that is told of after the seventh, and an error."""
+    records = [{"kind": "start", "step": 0, "time": 100.0}]
+    said = 7 if in_background else 4
+    for step in range(1, 11):
+        more = {"perf/save_s": 0.5} if step == said else {}
+        records += [{"kind": "metrics", "step": 4, "time": 100.0 + step, "metrics": more}] if more else []
+        more = {"perf/save_stall_s": 0.0} if step == 4 else {}
+        records += [{"kind": "metrics", "step": step, "time": 100.0 + step, "metrics": {"loss/train": 1.0} | more}]
+    assert goodput(records, ended=True).unsaved == 6.0
+    assert goodput(records, ended=True).fraction == pytest.approx(0.4)
+    assert goodput(records).fraction == 1.0  # it goes on
+    assert goodput(records[:5], ended=True).fraction == 0.0  # never saved
+
+
+@pytest.mark.parametrize("wrong", ["abc", None, [1], {"a": 1}, float("nan"), float("inf"), 10**400, True])
+def test_a_metric_of_a_wrong_type_ends_no_run(wrong):
+    keys = ("perf/save_stall_s", "optim/skipped", "progress/bad_samples", "loss/train")
+    records = [{"kind": "start", "step": 0, "time": 1.0}]
+    records += [{"kind": "metrics", "step": 2, "time": 2.0, "metrics": {key: wrong}} for key in keys]
+    assert goodput(records, ended=True).step == 2

@@ -1,16 +1,12 @@
 """Law 2: how a global batch is cut is derived, and what does not divide is said before the first step."""
 
-import dataclasses
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_dist.config import Config
 from mae_dist.errors import UserError
 from mae_dist.train import TrainConfig
 from mae_dist.train.progress import duration
-from mae_dist.train.resume import CONFIG_FILE, changed
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
@@ -35,16 +31,6 @@ def test_what_does_not_divide_is_an_error_with_sizes_that_do(batch, world_size, 
             TrainConfig(global_batch_size=int(number)).accumulate(world_size, views)
         else:
             TrainConfig(global_batch_size=batch, micro_batch_size=int(number)).accumulate(world_size, views)
-
-
-def test_a_key_that_is_newer_than_a_run_had_its_default(tmp_path):
-    config = Config(train=TrainConfig(runs_dir=str(tmp_path), name="t"))
-    config.train.run_dir.mkdir()
-    older = config.to_yaml().replace("  repeated_aug: 1\n", "")
-    (config.train.run_dir / CONFIG_FILE).write_text(older)
-    assert older != config.to_yaml() and changed(config) == []
-    now = dataclasses.replace(config, data=dataclasses.replace(config.data, repeated_aug=2))
-    assert changed(now) == ["data.repeated_aug (was 1, now 2)"]
 
 
 @pytest.mark.parametrize(
