@@ -15,6 +15,7 @@ from mae_dist.shards.prefetch import Course, Prefetcher
 
 Ints = NDArray[np.int64]
 SUBSET_STREAM = 0x73756273
+MOST_CLASSES = 1_000_000  # more are ids of something, and a classifier of them no use of anybody's memory
 
 
 def labels_of(source: Source) -> Ints:
@@ -55,7 +56,13 @@ def count_classes(train: Source, held_out: Source) -> int:
                 "make both with mae-dist shard from class folders of the same names (numbered in sorted order), or "
                 "one of them from a flat directory with --labels FILE and the numbers of the other"
             )
-    return 1 + max(int(labels_of(source).max()) for source in (train, held_out))
+    highest = max(int(labels_of(source).max()) for source in (train, held_out))
+    if highest >= MOST_CLASSES:
+        raise UserError(
+            f"{manifests[0].directory}, {manifests[1].directory}: a label {highest}: an id, no number of a class; make "
+            "shards with labels from 0 (mae-dist shard --labels FILE)"
+        )
+    return 1 + highest
 
 
 class SubsetSource:

@@ -317,17 +317,17 @@ def check_listing(listing: Any) -> None:
         raise ValueError("classes is no list of names")
     if not isinstance(shards, list) or not shards:
         raise ValueError("shards is no list of shards")
+    known = {key.name for key in fields(Shard)} - ({"index_sha256"} if version == UNSEALED else set())
     for n, entry in enumerate(shards):
-        if what := wrong_in(entry, version):
+        if what := wrong_in(entry, known, version):
             raise ValueError(f"shard {n}: {what}")
     names = {entry["name"] for entry in shards}
     if len(names) < len(shards):
         raise ValueError("a shard is listed twice")
 
 
-def wrong_in(entry: Any, version: int) -> str:
-    """What is wrong with the entry of a shard; empty when nothing is."""
-    known = {key.name for key in fields(Shard)} - ({"index_sha256"} if version == UNSEALED else set())
+def wrong_in(entry: Any, known: set[str], version: int) -> str:
+    """What is wrong with the entry of a shard, of these keys; empty when nothing is."""
     if (
         not isinstance(entry, dict)
         or entry.keys() - known

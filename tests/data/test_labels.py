@@ -9,7 +9,7 @@ import pytest
 from mae_dist.data import DataConfig, ImageStream, count_classes, evaluation_batches, labels_of, open_sources, subset
 from mae_dist.data.labels import choose
 from mae_dist.errors import UserError
-from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.manifest import Manifest, table_bytes
 
 SIZE = (16, 16)
 
@@ -108,3 +108,16 @@ def test_names_that_are_numbers_are_compared_with_each_other(source, tmp_path):
         part.source.store.manifest = replace(source.store.manifest, classes=names)
     with pytest.raises(UserError, match="label 2 is 10 in the first, 2 in the second"):
         count_classes(*held)
+
+
+def test_ids_are_no_classes(shards, tmp_path):
+    """A classifier of 10^11 classes would be asked for otherwise."""
+    place = shutil.copytree(shards, tmp_path / "ids")
+    table = np.load(place / "train-00000.idx.npy")
+    table[0, 2] = 10**11
+    (place / "train-00000.idx.npy").write_bytes(table_bytes(table))
+    manifest = Manifest.load(place)
+    replace(manifest, shards=[replace(shard, index_sha256="") for shard in manifest.shards]).save()
+    source = open_sources(DataConfig(str(place)), SIZE, 3)[0]
+    with pytest.raises(UserError, match="a label 100000000000: an id, no number of a class"):
+        count_classes(source, source)
