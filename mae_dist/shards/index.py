@@ -83,10 +83,16 @@ def index(
 
     `urls`: brace patterns of local paths, fsspec URLs or `pipe:` commands; or one directory with a manifest, whose
     tables and checksums are made anew from its shards. `out`: None for local tars of one directory means that
-    directory. `max_bad`: how many broken shards to leave out. `allow_commands`: also run those that such
-    a manifest names. Raises UserError, listing the broken ones; the same call
-    again, or after a kill, reads only what is missing.
+    directory. `max_bad`: how many broken shards to leave out. `allow_commands`: also run those that such a manifest
+    names. Raises UserError, listing the broken ones; the same call again, or after a kill, reads only what is missing.
     """
+    try:
+        return _index(urls, out, workers, max_bad, allow_commands)
+    except OSError as error:  # of OUT: what is wrong with a shard is in its scan
+        raise UserError(f"{error}; start the same command again to go on, or write another --out DIR") from error
+
+
+def _index(urls: Sequence[str], out: Path | None, workers: int, max_bad: int, allow_commands: bool) -> Indexed:
     notes, before = Notes(), manifest_at(urls, out)
     if before:
         places, out = [before.place(i) for i in range(len(before.shards))], before.directory
@@ -110,12 +116,9 @@ def index(
         )
     entries = [entry_of(*pair, out) for pair in zip(places, index_names(places), strict=True)]
     manifest = before or Manifest(out, entries)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        logins = dict(zip(places, logins, strict=True))
-        return scan_all(manifest, logins, progress, workers, max_bad, bool(before), notes)
-    except OSError as error:  # of OUT: what is wrong with a shard is in its scan
-        raise UserError(f"{error}; start the same command again to go on, or write another --out DIR") from error
+    out.mkdir(parents=True, exist_ok=True)
+    logins = dict(zip(places, logins, strict=True))
+    return scan_all(manifest, logins, progress, workers, max_bad, bool(before), notes)
 
 
 def manifest_at(urls: Sequence[str], out: Path | None) -> Manifest | None:
