@@ -8,7 +8,7 @@ from typing import Protocol
 from mae_dist.errors import UserError, note
 from mae_dist.train.options import TrainConfig
 
-FEW = 25  # updates: fewer are nobody's recipe, unless train.steps says so
+FEW = 25  # updates: fewer, of batches that are larger than all images, come of a recipe made for more of them
 
 
 class Optim(Protocol):
@@ -107,7 +107,7 @@ class Plan:
         what = f"{self.epoch_images} images in batches of {self.batch}"
         few = f"a smaller --train.global_batch_size, fewer --optim.warmup_epochs ({0.1 * self.epoch(total):.2g}, say)"
         rising = f"the warm-up, optim.warmup_epochs {self.optim.warmup_epochs:g}, is {warmup:.3g} updates"
-        if not t.steps and total < FEW:
+        if not t.steps and (total == 1 or (total < FEW and self.batch > self.epoch_images)):
             raise UserError(
                 f"{what} for {t.epochs:g} epochs are {total} update{'s' * (total > 1)}, too few to learn from: write a "
                 f"smaller --train.global_batch_size, more --train.epochs, or --train.steps {total} if that is meant"

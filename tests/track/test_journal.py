@@ -6,6 +6,8 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +209,51 @@ def test_what_never_found_room_is_kept_elsewhere(
     assert "the last 3 lines could not be written, and are in " in said
     (kept,) = tmp.glob("mae_dist-journal-*.jsonl")
     assert str(kept) in said and [record["step"] for record in journal.read(kept)] == [0, 1, 2]
+
+
+WRONG = ["abc", None, [1], {"a": 1}, True, -1, 0.5, 10**400, math.inf, "nan"]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("field", ["time", "step", "metrics", "steps", "path", "tags", "artifacts"])
+def test_a_field_of_a_wrong_type_is_no_record(tmp: Path, field: str, wrong: object) -> None:
+    """Readers get sound records alone: they may compare, add up and index what they are given."""
+    kinds = {"step": "metrics", "steps": "cut", "path": "artifact", "tags": "start", "artifacts": "start"}
+    sound = {
+        "kind": kinds.get(field, "metrics"),
+        "time": 1.0,
+        "step": 1,
+        "metrics": {"a": 1.0},
+        "steps": 1,
+        "path": "p",
+    }
+    path = tmp / f"{os.urandom(6).hex()}.jsonl"
+    path.write_text(json.dumps({**sound, field: wrong}) + "\n" + json.dumps(sound) + "\n")
+    found = list(read(path))
+    assert sound in found
+    for record in found:
+        assert 0 <= record["time"] < 1e11 and 0 <= record["step"] < 1 << 53 and type(record["step"]) is int
+        assert isinstance(record["metrics"], dict) and type(record["steps"]) is int and isinstance(record["path"], str)
+        assert isinstance(record.get("tags") or {}, dict) and isinstance(record.get("artifacts") or [], list)
+
+
+@given(data=st.data())
+def test_lines_that_a_disk_has_spoilt_are_counted_and_kept(tmp: Path, data: st.DataObject) -> None:
+    """Any bytes flipped in any lines: each line is a record, or is named and still there after a cut."""
+    path = filled(tmp, [{"kind": "metrics", "step": k, "time": 1.0, "metrics": {"loss/train": 1.0}} for k in range(8)])
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 2), max_size=6)):
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    lines = path.read_bytes().splitlines(keepends=True)
+    spoilt = [line for line in lines if journal.parse(line) is None and line.endswith(b"\n")]
+    opened = Journal(path)
+    with redirect_stderr(StringIO()) as said:
+        opened.cut(1 << 53)
+    opened.close()
+    assert path.read_bytes() == bytes(content)
+    assert (f"{len(spoilt)} line" in said.getvalue()) == bool(spoilt)
+
+
+def test_nesting_without_end_is_no_record() -> None:
+    assert journal.parse(b"[" * 100_000) is None and journal.parse(b'{"a":' * 100_000) is None

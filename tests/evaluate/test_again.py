@@ -1,0 +1,81 @@
+"""Fine-tuning and the probe started again: they are what their checkpoints say. Few labels are few updates."""
+
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mae_dist import config as configs
+from mae_dist.cli import COMMANDS
+from mae_dist.errors import UserError
+from mae_dist.launched import STOP_SIGNALS
+from mae_dist.train.checkpoint import committed
+from mae_dist.train.run import pretrain
+from tests.conftest import TINY
+
+PRECISE = ["--train.precision=fp32", "--track.mlflow=false", "--data.workers=0"]
+SHORT = [*PRECISE, "--train.global_batch_size=8", "--train.steps=2", "--train.name=a"]
+
+
+@pytest.fixture(scope="module")
+def signals() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def pretrained(shards, tmp_path_factory, signals) -> Path:
+    """Two steps, each with its checkpoint."""
+    runs = tmp_path_factory.mktemp("runs")
+    given = ["--train.global_batch_size=12", "--train.steps=2", "--train.save_every=1", f"--train.runs_dir={runs}"]
+    given += [f"--data.shards={shards}", "--data.val_shards=1", "--train.name=t"]
+    tiny = [option for option in TINY if "data.workers" not in option]
+    assert pretrain(configs.load([*tiny, "--data.workers=0", *given])) == 0
+    return runs / "t"
+
+
+@pytest.fixture
+def run(pretrained, tmp_path) -> Path:
+    return Path(shutil.copytree(pretrained, tmp_path / "t"))
+
+
+@pytest.mark.parametrize("command", ["finetune", "linear"])
+def test_another_checkpoint_of_the_run_is_said_to_be_that(run, command):
+    """Not "the training data"; and weights that are not used may be any."""
+    first, last = committed(run / "checkpoints")
+    assert COMMANDS[command]([str(first), *SHORT]) == 0
+    with pytest.raises(UserError) as refused:
+        COMMANDS[command]([str(last), *SHORT])
+    assert re.search(r"the pretrained weights \(were .*step-00000001 .*, now .*step-00000002 ", str(refused.value))
+    assert "data (" not in str(refused.value)
+    scratch = [*SHORT[:-1], "--train.name=b", "--init", "none"]
+    assert COMMANDS[command]([str(first), *scratch]) == COMMANDS[command]([str(last), *scratch]) == 0
+
+
+@pytest.mark.parametrize("command", ["finetune", "linear"])
+def test_other_held_out_images_and_lost_checkpoints_are_refused(run, shards, command):
+    assert COMMANDS[command]([str(run), *SHORT]) == 0
+    again = [str(run), *SHORT[:-2], "--train.steps=4", "--train.name=a", "--train.accept_changes=false"]
+    with pytest.raises(UserError, match=r"the held-out data \(was 6 images, digest .*, now 46 images"):
+        COMMANDS[command]([*again, f"--data.val_shards={shards}"])
+    evaluation = run / "evaluations" / "a"
+    shutil.rmtree(evaluation / "checkpoints")
+    journal = (evaluation / "journal.jsonl").read_bytes()
+    with pytest.raises(UserError, match="the journal of this run has 2 steps"):
+        COMMANDS[command]([str(run), *SHORT])
+    assert (evaluation / "journal.jsonl").read_bytes() == journal
+
+
+@pytest.mark.parametrize("command", [["finetune"], ["linear"], ["linear", "--sweep"]], ids=" ".join)
+def test_few_labels_with_the_batch_of_the_recipe_are_refused(run, command):
+    """One update at learning rate 0 says nothing of an encoder."""
+    name, *flags = command
+    with pytest.raises(UserError, match=r"updates?, too few to learn from: write a smaller --train\.global_batch_size"):
+        COMMANDS[name]([str(run), *flags, "--per-class", "10", *PRECISE])
+    assert not list(run.glob("evaluations/*/config.yaml"))
