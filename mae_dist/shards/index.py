@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -147,7 +148,8 @@ def scan_all(
     done = recorded(progress, {place: manifest.index_path(i) for i, place in enumerate(logins)}, logins)
     scans = in_order(scan_or_say, [login for place, login in logins.items() if place not in done], workers)
     shards, bad = [], []
-    with progress.open("w") as record, Progress(f"index {manifest.directory}", len(logins), unit="shards") as bar:
+    bar = Progress(f"index {manifest.directory}", len(logins), unit="shards")
+    with progress.open("w") as record, bar, closing(scans):  # its processes end here, not with the interpreter
         record.writelines(json.dumps([asdict(shard), left]) + "\n" for shard, left in done.values())
         for i, (place, entry) in enumerate(zip(logins, manifest.shards, strict=True)):
             bar.update(1)
