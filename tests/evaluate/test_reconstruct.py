@@ -97,7 +97,7 @@ def test_where_no_picture_can_be_written_nothing_is_computed(tmp_path, name, say
 
 
 def test_impossible_ratios_and_files_are_named(run, photos, tmp_path):
-    with pytest.raises(UserError, match=r"model.mask_ratio: 1.0 keeps 0 of 48"):
+    with pytest.raises(UserError, match=r"model.mask_ratio: 1.0: write a number in \(0, 1\)"):
         Viewer(run, photos, mask_ratio=1.0)
     with pytest.raises(UserError, match=r"absent.png: cannot be read as an image"):
         Viewer(run, [tmp_path / "absent.png"])
