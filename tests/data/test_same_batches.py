@@ -12,17 +12,23 @@ import pytest
 import torch
 
 from mae_dist.data import DataConfig, ImageStream, ShardSource
-from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.manifest import Manifest, table_bytes
 
 SIZE, BATCH, SEED = (16, 16), 12, 5
 COUNTS = (10, 3, 7, 1, 6)  # 27 samples: batches straddle epochs, every fourth ends one
 
 
 @pytest.fixture(scope="module")
-def uneven(shards) -> ShardSource:
-    manifest = Manifest.load(shards)
-    kept = [dataclasses.replace(shard, count=n) for shard, n in zip(manifest.shards, COUNTS, strict=True)]
-    return ShardSource(Manifest(manifest.directory, kept), 3)
+def uneven(shards, tmp_path_factory) -> ShardSource:
+    """The shards with the first so many rows of each index."""
+    whole, folder = Manifest.load(shards), tmp_path_factory.mktemp("uneven")
+    kept = []
+    for i, (shard, n) in enumerate(zip(whole.shards, COUNTS, strict=True)):
+        (folder / shard.name).symlink_to(whole.tar_path(i))
+        content = table_bytes(np.load(whole.index_path(i))[:n])
+        (folder / whole.index_path(i).name).write_bytes(content)
+        kept.append(dataclasses.replace(shard, count=n, index_sha256=hashlib.sha256(content).hexdigest()))
+    return ShardSource(Manifest(folder, kept), 3)
 
 
 def batches(source, world_size, workers, start=0, count=9, lanes=1, window=0, views=1, accumulate=1):
