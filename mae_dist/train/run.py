@@ -58,7 +58,8 @@ def pretrain(config: Config) -> int:
     step wherever it can be seen then, TrainingDiverged when numbers stay bad, and RankLost when another rank ended.
     """
     config.check()
-    config = dataclasses.replace(config.with_epoch_size(), data=config.data.absolute())
+    config = config.with_epoch_size()
+    config = dataclasses.replace(config, data=config.data.absolute())
     Ring.limit = 0.8 * config.train.timeout  # so that the rank whose workers stand still says so before others give up
     stop = StopRequest()
     code = 0
