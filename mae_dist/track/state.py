@@ -21,8 +21,10 @@ END_REASON_DIED = "the training process died without a word"
 NONFINITE_KEY = "health/nonfinite"
 BATCH_METRICS = 500
 FOLLOWS, COPY, WHY = "mae_dist.follows", "mae_dist.copy_of", "mae_dist.why"
-COMPARED = ("loss/", "eval/", "optim/")  # metrics that a step made again has again; how fast it was may differ
-TOLERANCE = 1e-5  # relative: rounding, where another number of processes adds up
+COMPARED = ("loss/train", "loss/val", "optim/lr")  # metrics that a step made again has again, to rounding
+# Relative: bf16, another engine or world size, and kernels that add in any order, move a loss by up to 3e-3
+# (tests/engine/test_parity.py). Another config or other data are known without this, from the start record.
+TOLERANCE = 1e-2
 STATUSES = ("FINISHED", "FAILED", "KILLED", "SCHEDULED")  # the last: ended, and to be started again by a scheduler
 
 
@@ -177,7 +179,7 @@ class State:
             self.resumed = self.resumed and not key.startswith("loss/train")
             if not self._is_new(key, step):
                 mean = key.startswith("loss/train") and first  # over fewer steps than the mean that was cut off
-                if shown and key.startswith(COMPARED) and not mean and not same(value, shown(key).get(step)):
+                if shown and key in COMPARED and not mean and not same(value, shown(key).get(step)):
                     raise Differs(f"{key} of step {step} was {shown(key).get(step, math.nan)} and is {value}")
                 continue
             if isinstance(value, int | float) and math.isfinite(value):

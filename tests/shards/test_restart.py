@@ -303,10 +303,10 @@ def test_a_dry_run_writes_nothing_and_comes_close(images, shards, tmp_path):
     [
         (["--resize", "256"], "write none, shortest:256 or only-if-bigger:512"),
         (["--resize", "shortest:0"], "write none"),
-        (["--quality", "0"], "a number from 1 to 100"),
-        (["--part", "2/2"], "--part 2/2"),
+        (["--quality", "0"], "--quality: 0: write a whole number of at least 1 and at most 100"),
+        (["--part", "2/2"], "--part: 2/2: write I/N"),
         (["--part", "x"], "--part"),
-        (["--shard-size", "0"], "--shard-size must be at least 1"),
+        (["--shard-size", "0"], "--shard-size: 0: write a whole number of at least 1"),
         (["--labels", "nowhere.txt"], "--labels is for one flat directory"),
         (["--aside", "elsewhere"], "--aside is for a remote OUT"),
     ],
@@ -333,7 +333,7 @@ def test_on_a_terminal_progress_is_a_bar_with_speed_and_time_left(images, tmp_pa
     os.close(ours)
     assert process.wait(timeout=60) == 0
     last = [line for line in said.decode().replace("\r", "\n").splitlines() if "46/46" in line][-1]
-    assert re.search(r"100%.*46/46 \[\d\d:\d\d<\d\d:\d\d, .*img/s, [\d.]+ MB/s\]", last)
+    assert re.search(r"100%.*46/46 \[\d\d:\d\d<\d\d:\d\d, .*image/s, [\d.]+ MB/s\]", last)
 
 
 def test_ctrl_c_says_nothing_and_keeps_what_is_done(tmp_path):
