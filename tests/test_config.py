@@ -123,7 +123,7 @@ def test_a_mistake_on_the_command_line_is_named(arguments, says):
         (["--data.crop_scale=[0.5,0.2]"], "data.crop_scale"),
         (["--optim.betas=[0.9,1.0]"], "optim.betas"),
         (["--train.name=a/b"], "train.name"),
-        (["--train.name=caf\udce9"], "is not UTF-8"),
+        (["--train.name=caf\udce9"], "is not a name for a directory"),
         (["--train.log_every=0"], "train.log_every"),
         (["--data.shards=x", "--data.fake=true"], "data.fake"),
         (["--data.fake=true", "--data.repeated_aug=0"], "data.repeated_aug: 0: write a whole number in [1, 1000]"),

@@ -58,9 +58,9 @@ def test_positions_are_made_for_the_new_grid_and_it_is_said_how(tmp_path, learne
 
 
 def test_the_commands_take_another_size(tmp_path, shards, capsys):
-    run = str(pretrained(tmp_path, shards=shards))
-    assert finetune([run, *QUICK, "--network.img_size=24", "--augment.rand_augment=null"]) == 0
-    assert linear([run, *QUICK, "--network.img_size=24"]) == 0
+    run, at_once = str(pretrained(tmp_path, shards=shards)), "--optim.warmup_epochs=0"
+    assert finetune([run, *QUICK, "--network.img_size=24", "--augment.rand_augment=null", at_once]) == 0
+    assert linear([run, *QUICK, "--network.img_size=24", at_once]) == 0
     assert knn([run, "--k", "3", "--img-size", "24"]) == 0
     assert capsys.readouterr().err.count("positions of the encoder: recomputed, 4x4 -> 6x6") == 3
     saved = load_file(Path(run) / "evaluations" / "finetune" / "checkpoints" / "step-00000001" / "model.safetensors")

@@ -79,7 +79,7 @@ def test_a_mistake_is_not_queued_again(cluster: slurm.Cluster, tmp_path: Path) -
     job = submit(cluster, tmp_path, 0)
     assert cluster.wait(job, "COMPLETED", "FAILED", seconds=200) == "FAILED"
     log = (tmp_path / "log").read_text()
-    assert "steps at least 1" in log and "status 2: not started again" in log
+    assert "train.steps: 0: write" in log and "status 2: not started again" in log
 
 
 def test_a_preempted_job_goes_on_by_itself(cluster: slurm.Cluster, tmp_path: Path) -> None:
