@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant("the validation loss counts a rank's own share", "mae_dist/train/validate.py",
            "summed, count = world.sum(total).tolist()", "summed, count = total.tolist()",
            "tests/cluster/test_pretrain.py"),
-    Mutant("the mean loss is rank 0's", "mae_dist/train/meters.py", "self.world.sum(torch.cat(", "((torch.cat(",
+    Mutant("the mean loss is rank 0's", "mae_dist/train/meters.py", "self.world.sum(torch.cat(", "(torch.cat(",
            "tests/test_reference.py tests/train/test_meters.py"),
     Mutant("the tar's end is not looked for", "mae_dist/shards/tar.py", "    check_end(stream)\n", "",
            "tests/shards/test_index.py"),
