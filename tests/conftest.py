@@ -5,12 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+from mae_dist.launched import STOP_SIGNALS
 
 # One thread a process, as under torchrun: two processes share two cores, and sums keep their order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -41,6 +45,16 @@ def write_images(directory: Path, classes: int, each: int, size: int = 24, seed:
             image = Image.fromarray(coarse).resize((size + i % 5, size), Image.Resampling.BICUBIC)
             image.save(folder / f"{i:03d}.{suffix}")
     return directory
+
+
+@contextmanager
+def signals_put_back() -> Iterator[None]:
+    """A run in this process takes its signals; afterwards they are the tests' again."""
+    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

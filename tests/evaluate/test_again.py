@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import pytest
 from mae_dist import config as configs
 from mae_dist.cli import COMMANDS
 from mae_dist.errors import UserError
-from mae_dist.launched import STOP_SIGNALS
 from mae_dist.train.checkpoint import committed
 from mae_dist.train.run import pretrain
-from tests.conftest import TINY
+from tests.conftest import TINY, signals_put_back
 
 PRECISE = ["--train.precision=fp32", "--track.mlflow=false", "--data.workers=0"]
 SHORT = [*PRECISE, "--train.global_batch_size=8", "--train.steps=2", "--train.name=a"]
@@ -22,11 +20,8 @@ SHORT = [*PRECISE, "--train.global_batch_size=8", "--train.steps=2", "--train.na
 
 @pytest.fixture(scope="module")
 def signals() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with signals_put_back():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,10 @@ from mae_dist.config import Config
 from mae_dist.engine.state import WEIGHTS
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import load_config, newest_of
-from mae_dist.launched import STOP_SIGNALS
 from mae_dist.train.checkpoint import committed, read_meta, write_meta
 from mae_dist.train.resume import check_resume, deciding, identity, lost
 from mae_dist.train.run import pretrain
-from tests.conftest import TINY, write_images
+from tests.conftest import TINY, signals_put_back, write_images
 
 SETTINGS = ["--data.workers=0", "--train.global_batch_size=8", "--train.steps=6", "--train.save_every=2"]
 
@@ -28,11 +26,8 @@ SETTINGS = ["--data.workers=0", "--train.global_batch_size=8", "--train.steps=6"
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
     """A run takes the signals of its process; the tests' are put back."""
-    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with signals_put_back():
+        yield
 
 
 @pytest.fixture(scope="module")
