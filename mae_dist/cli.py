@@ -367,7 +367,7 @@ def main() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2 if os.environ.get("LOCAL_RANK", "0") == "0" else 4)
         print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        leave(error.status if isinstance(error, Ended) else 2)
+        leave(error.status)
     except SystemExit as end:  # of --help: what it printed is to arrive, or be missed here
         leave(end.code if isinstance(end.code, int) else 0)
     except KeyboardInterrupt:

@@ -10,8 +10,16 @@ from mae_dist.urls import masked
 class UserError(Exception):
     """What was found, where, and what to write instead, in one line, without secrets. Never shown with a traceback."""
 
+    status = 2
+
     def __init__(self, message: str = ""):
         super().__init__(masked(str(message)))
+
+
+class Unreadable(UserError):
+    """Storage or a server did not give what is there: no mistake of the user's, and starting again may well go on."""
+
+    status = 75
 
 
 class Ended(RuntimeError):
@@ -50,6 +58,11 @@ ADVICE = {
     errno.EDQUOT: "; make room there",
     errno.EMFILE: "; raise the limit: ulimit -n",
 }
+
+
+def unreadable(error: OSError, text: str) -> UserError:
+    """What to raise for an input file that cannot be read, which says nothing of its bytes."""
+    return (Unreadable if error.errno in PASSING else UserError)(text)
 
 
 def machine_fault(error: OSError) -> MachineFault | None:

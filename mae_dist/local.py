@@ -97,12 +97,12 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path, aside: Path) -> Iterator[None]:
-    """An OSError of a write says what could not be written: a full disk names nothing, a rename both names."""
+def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
+    """An OSError says which file it is of: a full disk and a failed read name nothing, a rename both names."""
     try:
         yield
     except OSError as error:
-        if error.errno and (error.filename is None or str(error.filename).startswith(str(aside))):
+        if error.errno and (error.filename is None or (aside and str(error.filename).startswith(str(aside)))):
             error.filename, error.filename2 = str(path), None
         raise
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_dist.errors import Ended, UserError
+from mae_dist.errors import Ended, Unreadable, UserError
 from mae_dist.launched import leave_signals_to_parent
 
 TASK = 8  # images
@@ -38,6 +38,7 @@ PAGE = mmap.PAGESIZE
 
 Table = NDArray[np.int64]
 Fill = Callable[[Table, Tensor], None]
+KINDS = {"P": Unreadable, "U": UserError}  # of a worker's errors, the narrower first; all others are faults of ours
 
 
 STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk", "R": "running"}
@@ -167,8 +168,8 @@ class Ring:
 
     def _raise(self, worker: int) -> None:
         text = self._text(worker).tobytes().rstrip(b"\0").decode(errors="replace")
-        if text[0] == "U":
-            raise UserError(text[1:])
+        if kind := KINDS.get(text[0]):
+            raise kind(text[1:])
         raise RuntimeError(f"data worker {worker} (pid {self.workers[worker]}) failed:\n{text[1:]}")
 
     def _text(self, worker: int) -> NDArray[np.uint8]:
@@ -238,8 +239,8 @@ class Ring:
             try:
                 self.fill(self.tables[slot][begin:end], torch.from_numpy(self.images[slot][begin:end]))
             except BaseException as error:
-                words = f"U{error}" if isinstance(error, UserError) else f"T{traceback.format_exc()[-TEXT // 4 :]}"
-                text = words.encode()[:TEXT]
+                letter = next((letter for letter, kind in KINDS.items() if isinstance(error, kind)), "")
+                text = (f"{letter}{error}" if letter else f"T{traceback.format_exc()[-TEXT // 4 :]}").encode()[:TEXT]
                 self._text(worker)[: len(text)] = np.frombuffer(text, np.uint8)
                 number = -worker - 1
                 poll.unregister(self.tasks)  # its words stay as they are; it only waits for the end

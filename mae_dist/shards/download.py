@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import IO, NamedTuple, TypeVar
 
-from mae_dist.errors import UserError
+from mae_dist.errors import MENDED, Unreadable, UserError
 from mae_dist.shards import remote
 from mae_dist.shards.counters import Counters
 from mae_dist.shards.web import NotAFile
@@ -58,11 +58,12 @@ def persist(action: Callable[[], T], place: str, counters: Counters | None = Non
         except UserError:
             raise
         except Exception as error:  # client libraries raise what they like
-            answers += isinstance(error, FileNotFoundError | PermissionError | WrongContent | NotAFile)
+            answers += isinstance(error, ANSWERS)
             if attempt >= TRIES or answers >= ANSWERED_TRIES or time.monotonic() - began > GIVE_UP:
                 what = "not there" if isinstance(error, FileNotFoundError) else f"cannot be {done}"
                 last = " ".join(f"{type(error).__name__}: {error}".split())  # UserError masks it
-                raise UserError(
+                stays = isinstance(error, ANSWERS) or getattr(error, "errno", None) in MENDED
+                raise (UserError if stays else Unreadable)(
                     f"{place}: {what}, tried {attempt} times, last error: {last}; look at the place and at the "
                     "network, then start the same command again"
                 ) from error
@@ -71,6 +72,9 @@ def persist(action: Callable[[], T], place: str, counters: Counters | None = Non
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1)
             time.sleep(max(wait, min(getattr(error, "retry_after", 0.0), GIVE_UP)))  # a server may say how long
     raise AssertionError("count has no end")
+
+
+ANSWERS = FileNotFoundError | PermissionError | WrongContent | NotAFile
 
 
 class Download:

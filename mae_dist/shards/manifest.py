@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, unreadable
 from mae_dist.local import write_file
 from mae_dist.shards import remote
 from mae_dist.shards.tar import Digested
@@ -107,7 +107,7 @@ class Manifest:
         try:
             return self._table(shard)
         except OSError as error:
-            raise UserError(f"{self.index_path(shard)}: {error.strerror}; copy it again, or {self._anew()}") from error
+            raise unreadable(error, f"{self.index_path(shard)}: {error.strerror}") from error
 
     def look_at(self, shard: int) -> None:
         """The first time, look whether its table is the right one. Raises UserError if not, OSError if it cannot."""
@@ -194,7 +194,7 @@ class Manifest:
                 f"{directory}: no {FILE_NAME} here; make shards with: mae-dist shard IMAGES {directory}"
             ) from None
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from error
+            raise unreadable(error, f"{path}: {error.strerror}") from error
         manifest = Manifest.parse(text, directory, str(path))
         if check:
             manifest.check_files()
@@ -242,7 +242,7 @@ def check_size(path: Path, expected: int, says: str, advice: str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: missing, but listed in {FILE_NAME}; {advice}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise unreadable(error, f"{path}: {error.strerror}") from error
     if size != expected:
         kind = "cut short" if size < expected else "longer than written"
         raise UserError(f"{path}: {kind}, {size} bytes where {says} {expected}; {advice}")

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, unreadable
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
@@ -129,9 +129,10 @@ class LocalStore:
             except OSError as error:
                 self._shards.pop(shard, None)  # a stale handle is opened anew
                 if pause is None:
-                    raise UserError(
+                    raise unreadable(
+                        error,
                         f"{error.filename or self.manifest.tar_path(shard)}: cannot be read, tried "
-                        f"{len(PAUSES) + 1} times: {error.strerror}; when it can be, the same command goes on"
+                        f"{len(PAUSES) + 1} times: {error.strerror}; when it can be, the same command goes on",
                     ) from error
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any
 
-from mae_dist.local import fsync, new_file
+from mae_dist.local import fsync, naming, new_file
 from mae_dist.urls import masked
 
 FILE_NAME = "journal.jsonl"
@@ -118,7 +118,7 @@ class Journal:
     def _open(self) -> int:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if self.path.is_file():  # a device or a pipe has no tail to repair
-            with self.path.open("rb") as file:
+            with naming(self.path), self.path.open("rb") as file:
                 whole, size = last_newline(file), file.seek(0, os.SEEK_END)
             if whole < size:
                 os.ftruncate(fd, whole)
@@ -147,7 +147,7 @@ class Journal:
 
 def read(path: Path | str) -> Iterator[dict[str, Any]]:
     """The whole records of a journal, in order, without a torn last line and without lines that are no JSON object."""
-    with Path(path).open("rb") as file:
+    with naming(Path(path)), Path(path).open("rb") as file:
         for line in whole_lines(file):
             record = parse(line)
             if record is not None:

@@ -26,7 +26,7 @@ import torch
 
 from mae_dist.engine.world import World
 from mae_dist.errors import MachineFault, UserError, machine_fault
-from mae_dist.local import allow_as_umask, fsync, make_directory, write_file
+from mae_dist.local import allow_as_umask, fsync, make_directory, naming, write_file
 
 COMMITTED = re.compile(r"step-(\d{8})")
 META = "meta.json"
@@ -57,11 +57,12 @@ def surplus(steps: list[int], keep: int, keep_every: int | None) -> list[int]:
 
 
 def read_meta(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / META).read_text())
+    with naming(checkpoint / META):
+        return json.loads((checkpoint / META).read_text())
 
 
 def digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 

@@ -207,7 +207,7 @@ def _end(run: Run, cause: BaseException | None) -> None:
     else:
         status, reason = "FAILED", masked(f"{type(cause).__name__}: {cause}")
         said = LEFT if isinstance(cause, RankLost) else f"{FAILED}{reason}"
-        said = f"{MISTAKE}{cause}" if isinstance(cause, UserError) else said
+        said = f"{MISTAKE}{cause}" if isinstance(cause, UserError) and cause.status == UserError.status else said
     run.watch.close(said)
     if run.journal:
         account(run)

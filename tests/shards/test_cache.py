@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mae_dist.errors import UserError
+from mae_dist.errors import Unreadable, UserError
 from mae_dist.shards import download, remote
 from mae_dist.shards.cache import Cache, read_range
 from mae_dist.shards.download import Wanted
@@ -137,8 +137,8 @@ def test_a_server_that_is_gone_is_an_error_with_the_place(server, cache):
     shard = wanted(server, "a.tar")
     server.stop()
     for fetch in (lambda: cache.ensure(shard), lambda: read_range(shard, 0, 10, cache.counters)):
-        with pytest.raises(UserError, match=r"a.tar: cannot be fetched, tried 8 times, last error: \w*Connect"):
-            fetch()
+        with pytest.raises(Unreadable, match=r"a.tar: cannot be fetched, tried 8 times, last error: \w*Connect"):
+            fetch()  # status 75: no mistake of the user's
 
 
 def test_no_further_try_begins_after_so_long(server, cache, monkeypatch):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from mae_dist.data import BadSamples, Batch, DataConfig, ImageStream, open_sources
-from mae_dist.errors import UserError
+from mae_dist.errors import Unreadable, UserError
 from mae_dist.shards import store as stores
 from mae_dist.shards.cache import Cache
 from mae_dist.shards.download import Wanted
 from mae_dist.shards.manifest import Manifest
+from mae_dist.shards.mirror import load_manifest
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.store import LocalStore
 
@@ -99,8 +100,45 @@ def test_a_read_error_that_passes_harms_nothing_and_one_that_stays_names_the_fil
     failing[:] = [1, 1]
     assert store.read(1, 3) == expected and not failing
     failing[:] = [1] * 9
-    with pytest.raises(UserError, match=r"train-00001\.tar: cannot be read, tried 3 times: .*the same command goes on"):
+    with pytest.raises(
+        Unreadable, match=r"train-00001\.tar: cannot be read, tried 3 times: .*the same command goes on"
+    ):
         store.read(1, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 75), (errno.ETIMEDOUT, 75), (errno.EACCES, 2)])
+def test_storage_that_is_away_is_no_mistake_of_the_users(copy, monkeypatch, workers, number, status):
+    """Also when a worker finds it: SLURM and torchrun start such a run again (75), and not after a mistake (2)."""
+    stream, real = batches(copy, workers), os.pread
+
+    def pread(file, length, offset):
+        if "train-00001.tar" in str(Path(f"/proc/self/fd/{file}").readlink()):
+            raise OSError(number, os.strerror(number))
+        return real(file, length, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(UserError, match=r"train-00001\.tar: cannot be read, tried 3 times") as raised:
+        for _ in range(20):
+            next(stream)
+    stream.close()
+    assert raised.value.status == status
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "train-00001.idx.npy"])
+@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 75), (errno.ESTALE, 75), (errno.EACCES, 2)])
+def test_a_manifest_or_table_that_cannot_be_read_is_not_called_damaged(copy, monkeypatch, file, number, status):
+    real = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == file:
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError) as raised:
+        load_manifest(str(copy))
+    assert str(raised.value) == f"{copy / file}: {os.strerror(number)}" and raised.value.status == status
 
 
 def test_few_open_files_are_enough(shards, monkeypatch):
