@@ -9,23 +9,34 @@ import re
 MASK = "***"
 _QUOTED = r"""(?:"[^"]*"|'[^']*'|[^\s"'&;,|]+)"""
 _SECRET_NAME = (
-    r"(?:[\w.-]*(?:password|passwd|secret|(?<!mask_)token|api[_-]?key|access[_-]?key|signature|credentials?)|sig)"
+    r"(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?<!mask_)token|(?:api|account|access|secret|private)[_-]?key|"
+    r"signature|credentials?)|sig)"
 )
 _RULES = [
     (
-        re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/?#@:'\"]*):(?!\d+/)[^\s?#'\"]*@", re.I),
+        re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/?#@:'\"]*):(?!\d+/)[^\s'\"]*@", re.I),
         rf"\1:{MASK}@",
     ),  # user:password@
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)(?![^\s/?#@'\"]*:\*\*\*@)[^\s/?#@:'\"]+@(?=[^\s@])", re.I), rf"\1{MASK}@"),
-    (re.compile(r"(authorization\s*[:=]\s*(?:(?:bearer|basic|token)\s+)?)" + r"[^\s\"']+", re.I), rf"\1{MASK}"),
+    (re.compile(r"(authorization\s*[:=](?:\\?\s)*(?:(?:bearer|basic|token)\\?\s+)?)[^\s\"']+", re.I), rf"\1{MASK}"),
     (re.compile(r"(\bbearer\s+)[\w.~+/=-]+", re.I), rf"\1{MASK}"),
     (re.compile(rf"(\b{_SECRET_NAME}=)(?!\*\*\*){_QUOTED}", re.I), rf"\1{MASK}"),  # TOKEN=...
     (re.compile(r"(\b(?:x-[\w-]+|[\w-]*-(?:key|token)|cookie):\s*)[^\s'\"]+", re.I), rf"\1{MASK}"),  # headers
     (re.compile(rf"(--?{_SECRET_NAME}\s+)(?![-*]){_QUOTED}", re.I), rf"\1{MASK}"),  # --password ...
-    (re.compile(r"((?:^|\s)(?:-u|--user)[\s=]+[^\s:'\"]+):[^\s'\"]+"), rf"\1:{MASK}"),  # curl -u user:password
+    (re.compile(rf"([\"']{_SECRET_NAME}[\"']\s*:\s*)(?!\*\*\*){_QUOTED}", re.I), rf"\1{MASK}"),  # "token": "..."
+    (
+        re.compile(
+            r"((?:^|\s)(?:-[uU]\s*|--(?:proxy-)?user[\s=]+)(?:(['\"])[^:'\"]+|[^\s:'\"]+):)(?!//)"
+            r"(?(2)[^'\"]+|[^\s'\"]+)"
+        ),
+        rf"\1{MASK}",
+    ),  # curl -u user:password
+    (re.compile(rf"((?:^|\s)(?:-b|--cookie)[\s=]+)(?=['\"]?[\w.-]+=){_QUOTED}"), rf"\1{MASK}"),
+    (re.compile(rf"(\bsshpass\s+-p\s*|\bpass:){_QUOTED}"), rf"\1{MASK}"),
 ]
 _QUERY = re.compile(r"((?:://|pipe:)[^\s?'\"]*)\?([^\s#'\"]+)")
-_VALUE = re.compile(r"=[^&;]*")
+_PAIR = re.compile(r"[^&;]+")
+_BARE = 16  # characters of a query without a name: a key then, no word such as `?download`
 _LOGIN = re.compile(r"^(https?://)(?:[^\s/?#@:]*:(?!\d+/)[^\s?#]*|[^\s/?#@:]+)@", re.I)
 _VARIABLE = re.compile(r"\$(?:\w+|\{\w+\}|\([^()]*\))")
 _OPEN = ("versionid", "generation", "ref", "rev", "revision")  # of queries: they say which file, and let nobody in
@@ -38,10 +49,17 @@ def masked(text: str) -> str:
     Of a query all values go, whatever they are called: signatures have many names, and one list of them ages. Paths
     and hosts stay. Masking twice changes nothing more.
     """
-    text = _QUERY.sub(lambda found: f"{found[1]}?{_VALUE.sub(f'={MASK}', found[2])}", text)
+    text = _QUERY.sub(lambda found: f"{found[1]}?{_PAIR.sub(_masked_pair, found[2])}", text)
     for rule, shown in _RULES:
         text = rule.sub(shown, text)
     return text
+
+
+def _masked_pair(pair: re.Match[str]) -> str:
+    name, _, value = pair[0].partition("=")
+    if value.strip("="):
+        return f"{name}={MASK}"
+    return MASK if len(name) >= _BARE else pair[0]
 
 
 def without_login(url: str) -> str:
@@ -57,6 +75,8 @@ def secret_in(place: str) -> str:
     place = _VARIABLE.sub(MASK, place)
     for found in _QUERY.finditer(place):
         for name, _, value in (pair.partition("=") for pair in re.split("[&;]", found[2])):
+            if not value.strip("=") and len(name) >= _BARE:
+                return f"?{MASK}"
             if not (name.lower() in _OPEN or _PLAIN.fullmatch(value)):
                 return f"?{name}={MASK}"
     return "a user or password" if has_secret(_QUERY.sub(r"\1", place)) else ""

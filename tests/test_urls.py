@@ -18,11 +18,26 @@ WITH = (
     "pipe:aws --token {} s3 cp s3://bucket/a.tar -",
     "pipe:AWS_SECRET_ACCESS_KEY={} aws s3 cp s3://bucket/a.tar -",
     "pipe:SECRET='{} and more' fetch a.tar",
+    "pipe:curl -u 'me:{}' https://host/a.tar",
+    "pipe:curl -ume:{} https://host/a.tar",
+    "pipe:curl --proxy-user me:{} https://host/a.tar",
+    "pipe:curl -b 'session={}' https://host/a.tar",
+    "pipe:curl -H Authorization:\\ Bearer\\ {} https://host/a.tar",
+    "pipe:sshpass -p {} ssh host cat a.tar",
+    "pipe:openssl enc -d -pass pass:{} -in a.tar",
+    "pipe:gpg --passphrase {} -d a.tar",
+    "AccountName=a;AccountKey={};EndpointSuffix=core.windows.net",
+    "{'aws_secret_access_key': '{}'}",
+    'pipe:curl -d \'{"token": "{}"}\' https://host',
+    "https://host/a.tar?AKeyOfSixteenLetters{}",
+    "https://user:{}?x@host/a.tar",
+    "https://user:a#{}@host/a.tar",
     "error: https://user:{}@host/a.tar: 403, message='Forbidden', url='https://host/a.tar?token={}'",
 )
 WITHOUT = (
     "s3://bucket/train-{0000..1023}.tar", "/data/a b/c@d.tar", "pipe:cat /data/a.tar", "https://host:80/a@b.tar", "https://h/a@b",
     "optim.lr: 3e-4", "mask_token: missing", "spike_sigma=6", "sqlite:////runs/a/mlflow.db", "/data/x?/*.tar",
+    "https://h/a.tar?download", "pipe:tar -b 20 -xO a.tar", "pipe:curl -url=https://h/a.tar", "cls_token: 768 numbers",
 )  # fmt: skip
 
 
