@@ -116,24 +116,28 @@ def _decode_strictly(data: bytes, width: int, height: int) -> None:
 def _without_oddities(data: bytes, components: int) -> bytes:
     """The same JPEG without what libjpeg warns of although no pixel depends on it.
 
-    That is bytes between the segments of the header, an unknown version of JFIF or transform of Adobe, a broken ICC
-    profile, numbers of a progressive scan in a sequential one, and zeros before the end.
+    That is bytes before a segment of the header (not after a table, which has lost some then), an unknown version of
+    JFIF or transform of Adobe, a broken ICC profile, numbers of a progressive scan in a sequential one, and zeros
+    before the end.
     """
-    out, at, sequential = bytearray(data[:2]), 2, False
-    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 4:
+    out, at, sequential, table = bytearray(data[:2]), 2, False, False
+    while 0 <= (found := data.find(b"\xff", at)) < len(data) - 4:
+        out += data[at:found] if table else b""
+        at = found
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
         if marker < 0xC0 or 0xD0 <= marker < 0xDA or marker == 0xFF:  # none that begins a segment
             at += 1
             continue
         segment = bytearray(data[at:end])
         at, kind = end, bytes(segment[4:9])
+        table = not (0xE0 <= marker < 0xF0 or marker == COMMENT)
         sequential |= marker in SEQUENTIAL
         if kind == b"JFIF\0":
             segment[9:10] = b"\1"
         elif kind == b"Adobe" and len(segment) > 15:
             known = TRANSFORMS.get(components, (0,))
             segment[15] = segment[15] if segment[15] in known else known[-1]
-        elif 0xE0 <= marker < 0xF0 or marker == COMMENT:
+        elif not table:
             continue
         if marker == SCAN:
             segment[-3:] = b"\0\x3f\0" if sequential else segment[-3:]
