@@ -57,7 +57,7 @@ visible_gpus() { # nvidia-smi does not know about CUDA_VISIBLE_DEVICES, CUDA doe
   elif [[ -z $ids || $ids == -1 ]]; then
     echo 0
   else
-    awk -F, '{ print NF }' <<<"$ids"
+    awk -F, '{ for (n = 0; n < NF && $(n + 1) !~ /^ *(-1)?$/; ++n); print n }' <<<"$ids" # CUDA stops there too
   fi
 }
 
@@ -104,6 +104,9 @@ NPROC=${NPROC:-$(( gpus > 0 ? gpus : 1 ))}
 NNODES=${NNODES:-1}
 whole NPROC 1 1024
 if [[ -n ${MASTER_PORT:-} ]]; then whole MASTER_PORT 1 65535; fi
+if [[ -n ${MAX_RESTARTS:-} ]]; then whole MAX_RESTARTS 0 100000; fi
+[[ ${COMMAND:=pretrain} =~ ^(pretrain|knn|linear|finetune)$ ]] ||
+  fail "COMMAND=$COMMAND does not run on several processes: write pretrain, knn, linear or finetune"
 [[ -z ${PET_STANDALONE:-} || $NNODES == 1 ]] || fail "PET_STANDALONE=$PET_STANDALONE and NNODES=$NNODES disagree: unset one of them"
 if [[ $NNODES == *:* ]]; then
   MIN=${NNODES%%:*}
@@ -151,4 +154,4 @@ echo "launch/torchrun.sh: node ${NODE_RANK:-0} of $NNODES${MASTER_ADDR:+ (node 0
 # exec: a signal sent to this process reaches torchrun, which passes it on.
 exec "$PYTHON" -m mae_dist.launch --nnodes="$NNODES" --nproc-per-node="$NPROC" "${rendezvous[@]}" \
   --max-restarts="${MAX_RESTARTS:-0}" \
-  -m mae_dist "${COMMAND:-pretrain}" "$@"
+  -m mae_dist "$COMMAND" "$@"

@@ -53,6 +53,8 @@ def test_shellcheck() -> None:
         ({"NNODES": "4:2", "MASTER_ADDR": "a"}, ["MAX=2 is not a whole number from 4"]),
         ({"NPROC": "0"}, ["NPROC=0 is not a whole number from 1"]),
         ({"MASTER_PORT": "70000"}, ["MASTER_PORT=70000 is not a whole number from 1 to 65535"]),
+        ({"MAX_RESTARTS": "x"}, ["MAX_RESTARTS=x is not a whole number from 0"]),
+        ({"COMMAND": "shard"}, ["COMMAND=shard does not run on several processes: write pretrain, knn, linear or"]),
         ({"PYTHON": "/no/such/python"}, ["'/no/such/python' cannot import torch and mae_dist", "write PYTHON="]),
     ],
 )
@@ -70,7 +72,9 @@ def test_usage(arguments: tuple[str, ...]) -> None:
     assert "set -euo" not in done.stderr
 
 
-@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("0,2,5", 3), ("", 1), ("-1", 1)])
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("0,2,5", 3), ("", 1), ("-1", 1), ("0,1,", 2), ("3,-1,1", 1)]
+)
 def test_a_process_for_each_visible_gpu(tmp_path: Path, visible: str | None, count: int) -> None:
     """Stand-ins: the interpreter prints what torchrun would have been told, nvidia-smi knows two GPUs."""
     for name, script in {
