@@ -14,6 +14,7 @@ from mae_dist.shards.encoded import MAX_PIXELS, bits_beyond_8, decode_all, open_
 
 # What timm, webdataset and open_clip read; others become PNG. MPO: the JPEG of phones, with a second picture behind it.
 KEPT_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+LONGEST = {"jpg": 65500, "webp": 16383}  # pixels of a side that can be written
 ORIENTATION = 0x0112  # EXIF tag; 1: upright
 RESIZES = ("none", "shortest", "only-if-bigger")
 
@@ -66,10 +67,12 @@ def convert(data: bytes, how: Conversion) -> tuple[bytes, str]:
     size = how.size(*pixels.size)
     if size[0] * size[1] > how.max_pixels:
         raise ValueError(f"resized, it has {size[0]} x {size[1]} pixels, more than data.max_pixels {how.max_pixels}")
+    suffix = KEPT_AS_IS.get(kind, "png")
+    if max(size) > LONGEST.get(suffix, max(size)):
+        raise ValueError(f"resized, it has {size[0]} x {size[1]} pixels, and a {kind} has {LONGEST[suffix]} at most")
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)  # PIL's is antialiased
     out = io.BytesIO()
-    suffix = KEPT_AS_IS.get(kind, "png")
     options: dict[str, Any] = {} if suffix == "png" else {"quality": how.quality}
     # No metadata is carried over: an orientation tag would turn upright pixels once more in readers that heed it.
     pixels.info.clear()

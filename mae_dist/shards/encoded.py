@@ -58,6 +58,12 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
+def has_frames(data: bytes) -> bool:
+    """Whether a file that can be decoded holds further pictures, which nobody reads: an animation, a document."""
+    with _identified(data) as image:
+        return getattr(image, "is_animated", False)
+
+
 def shows_image(data: bytes) -> bool:
     """Whether the bytes begin as an image does, be it whole or damaged."""
     try:

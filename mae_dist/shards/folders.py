@@ -1,5 +1,6 @@
 """Image files in directories: every one found once, and nothing passed over without a count."""
 
+import filecmp
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,12 @@ import numpy as np
 
 from mae_dist.errors import UserError
 from mae_dist.shards.encoded import shows_image
-from mae_dist.shards.notes import AGAIN, DOTTED, HIDDEN, Notes, other_files
+from mae_dist.shards.notes import AGAIN, COPIES, DOTTED, HIDDEN, Notes, other_files
 from mae_dist.shards.samples import hidden_part, is_image, split_name
+from mae_dist.shards.splits import holds_splits, splits_among
 from mae_dist.shards.tars import Piece
 
+HEAD = 4096  # bytes
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -48,15 +51,29 @@ def kind_of(path: Path) -> str:
     return KINDS.get(stat.S_IFMT(path.stat().st_mode), "a special file")
 
 
-def only_once(files: Iterable[Path]) -> None:
-    """Raises UserError for a file that two of the names lead to: its images would be taken twice."""
+def only_once(files: Iterable[Path], notes: Notes) -> None:
+    """Raises UserError for a file that two of the names lead to: its images would be taken twice. Copies are noted."""
     seen: dict[tuple[int, int], Path] = {}
+    alike: dict[tuple[int, bytes], list[Path]] = {}
     for file in files:
         with suppress(OSError):  # not there: others say it
             status = file.stat()
             if first := seen.get((status.st_dev, status.st_ino)):
                 raise UserError(f"{first} and {file}: one and the same file; name each once")
             seen[status.st_dev, status.st_ino] = file
+            head = begin_of(file) if stat.S_ISREG(status.st_mode) else b""
+            if not head.strip(b"\0"):  # an empty tar
+                continue
+            others = alike.setdefault((status.st_size, head), [])
+            if copy := next((other for other in others if filecmp.cmp(other, file, shallow=False)), None):
+                notes.add(COPIES, f"{file}, as {copy}")
+            others.append(file)
+
+
+def begin_of(file: Path) -> bytes:
+    """Its first bytes: those of a tar or parquet file are seldom another's. Raises OSError."""
+    with file.open("rb") as opened:
+        return opened.read(HEAD)
 
 
 def takes(path: Path, all_suffixes: bool) -> bool:
@@ -114,6 +131,9 @@ def scan_folder(job: tuple[str, str, int], all_suffixes: bool = False) -> Piece:
     if not names and not bad:
         found = f" ({'; '.join(notes.lines())})" if notes else ""
         raise UserError(f"{root}/{folder}: a class folder without images{found}; remove the folder or add its images")
+    splits, kinds = splits_among(dict.fromkeys(name.split("/")[1] for name in sorted(names) if name.count("/") > 1))
+    if kinds > 1:
+        raise holds_splits(Path(root, folder), splits)
     names.sort(key=lambda name: name.split("/"))
     piece = _files(names, label, notes)
     return piece._replace(bad=bad, folders={key: path for key, path in seen.items() if key not in above})

@@ -22,7 +22,7 @@ from mae_dist.shards.folders import kind_of, only_once
 from mae_dist.shards.inputs import recognise
 from mae_dist.shards.labels import of_unlabelled
 from mae_dist.shards.manifest import FILE_NAME, Manifest, Shard, check_table, index_name, table_bytes
-from mae_dist.shards.notes import EMPTY, UNLISTED, Notes
+from mae_dist.shards.notes import COPIES, EMPTY, UNLISTED, Notes
 from mae_dist.shards.patterns import places as expand_all
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
@@ -109,7 +109,7 @@ def _index(urls: Sequence[str], out: Path | None, workers: int, max_bad: int, al
     twice = [place for place, times in Counter(places).items() if times > 1]
     if twice:
         raise UserError(f"{twice[0]}: given twice; name each shard once")
-    only_once(Path(place) for place in places if not remote.is_remote(place))
+    only_once((Path(place) for place in places if not remote.is_remote(place)), notes)
     progress = out / f".index-{sha256(os.fsencode(chr(0).join(places))).hexdigest()[:16]}.jsonl"
     if (out / FILE_NAME).exists() and not before and not progress.exists():  # else it was killed just before its end
         raise UserError(
@@ -195,6 +195,7 @@ def shards_at(place: str, notes: Notes) -> list[str]:
     source = recognise(place)
     if not source.containers or source.kind in ("class tars", "parquet"):
         raise UserError(f"{place}: no shards but {source.kind}; make shards with: mae-dist shard {place} OUT")
+    source.notes.pop(COPIES, None)  # counted among the tars of all places
     notes.update_from(source.notes)
     return source.containers
 

@@ -23,16 +23,12 @@ from mae_dist.shards.folders import (
     scan_folder,
     takes,
 )
-from mae_dist.shards.notes import Notes, other_files
+from mae_dist.shards.notes import AS_CLASSES, Notes, other_files
 from mae_dist.shards.patterns import local_files
 from mae_dist.shards.samples import SUFFIXES, is_image
+from mae_dist.shards.splits import all_parts, holds_splits, one_split, splits_among
 from mae_dist.shards.tars import Piece, find_ranges, scan_tar
 
-# In the names of files; a folder has to be called exactly so.
-SPLITS = [
-    re.compile(rf"(?<![a-z])(?:{words})(?:set)?(?![a-z])", re.IGNORECASE)
-    for words in ("train(?:ing)?", "val(?:id|idation)?|dev|eval(?:uation)?|held_?out", "test(?:ing)?")
-]
 OPEN_FILES = 256  # tars kept open by a process; a shard may draw from all of them
 BESIDE_DATA = "folders beside data/"
 COMPRESSED_TAR = re.compile(r".*\.(tar\.\w+|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
@@ -115,7 +111,9 @@ def _directory(path: Path, all_suffixes: bool) -> Input:
     held = {*tars, *parquet}
     rest = [name for name in files if name not in held]
     if packed := next((name for name in rest if tars and COMPRESSED_TAR.fullmatch(name)), None):
-        raise UserError(f"{path / packed}: compressed, and cannot be read in place; unpack it, or move it away")
+        raise UserError(
+            f"{path / packed}: compressed (or renamed), and cannot be read in place; unpack it, or move it away"
+        )
     flat = [name for name in rest if takes(path / name, all_suffixes)]
     for name in sorted({*rest} - {*flat}):
         notes.add(other_files(Path(name).suffix[1:]), str(path / name))
@@ -133,6 +131,7 @@ def _directory(path: Path, all_suffixes: bool) -> Input:
             )
         found = [path / name for name in parquet or tars]
         one_split(path, found)
+        all_parts(path, found)
         return _parquet(found, notes) if parquet else _tars(found, notes, all_suffixes)
     if flat and folders:
         raise UserError(
@@ -142,7 +141,11 @@ def _directory(path: Path, all_suffixes: bool) -> Input:
     if flat:
         return Input("flat", str(path), [], [], scan_flat, [flat], notes)
     if folders:
-        no_splits(path, folders)
+        splits, kinds = splits_among(folders)  # which would become classes, and one alone may be one
+        if kinds and not any(has_images(path / name) for name in folders if name not in splits):
+            raise holds_splits(path, splits)
+        if kinds > 1:
+            notes.add(AS_CLASSES, f"{path / splits[0]}", len(splits))
         numbered = of_img2dataset(path, folders, files)
         kind, classes = ("img2dataset's folders", []) if numbered else ("class folders", folders)
         jobs = [(str(path), name, -1 if numbered else label) for label, name in enumerate(folders)]
@@ -176,27 +179,8 @@ def has_notes(folder: Path) -> bool:
     return any(f"{Path(name).stem}.json" in names for name in names if is_image(name))
 
 
-def one_split(path: Path, files: Sequence[Path]) -> None:
-    """Raises UserError for a directory that holds training and held-out files: mixing them would be silent."""
-    found = [next(filter(None, (split.search(file.name) for file in files)), None) for split in SPLITS]
-    words = [match[0] for match in found if match]
-    if len(words) > 1:
-        pattern = f"{files[0].parent}/*{words[0]}*{files[0].suffix}"
-        raise UserError(f"{path}: holds the splits {', '.join(words)}; shard one at a time, for example '{pattern}'")
-
-
-def no_splits(path: Path, folders: Sequence[str]) -> None:
-    """Raises UserError when all folders with images are splits: they would become classes. A class may be called so."""
-    splits = [name for name in folders if any(split.fullmatch(name) for split in SPLITS)]
-    if splits and not any(has_images(path / name) for name in folders if name not in splits):
-        raise UserError(
-            f"{path}: holds the {'splits' if len(splits) > 1 else 'split'} {', '.join(splits)}, not class folders; "
-            f"shard one at a time, for example '{path / splits[0]}'"
-        )
-
-
 def _tars(files: Sequence[Path], notes: Notes, all_suffixes: bool) -> Input:
-    only_once(files)
+    only_once(files, notes)
     ranges, classes, inside = find_ranges(files)
     notes.update_from(inside)
     kind = "class tars" if classes else "flat" if len(files) == 1 else "tars"
@@ -220,7 +204,7 @@ def _classes_beside(directory: Path) -> list[str]:
 def _parquet(files: Sequence[Path], notes: Notes) -> Input:
     from mae_dist.shards.parquet import scan_parquet  # pyarrow takes a second to import
 
-    only_once(files)
+    only_once(files, notes)
     jobs = list(enumerate(map(str, files)))
     return Input("parquet", "", [str(file.absolute()) for file in files], [], scan_parquet, jobs, notes)
 

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
-from mae_dist.shards.labels import as_label
+from mae_dist.shards.labels import as_label, is_missing
 from mae_dist.shards.samples import is_image
 
 QUOTED = r'"(?:[^"]|"")*"|\'[^\']*\''
 PAIR = re.compile(rf"\s*({QUOTED}|.*?)\s+({QUOTED}|\S+)\s*")
-NUMERIC = re.compile(r"[+-]?\d*\.?\d+(?:[eE][+-]?\d+)?")  # a class is hardly called so
 HEADER = re.compile(r"label|class|target|categor|wnid|synset|^y$", re.IGNORECASE)
 
 MARKS = (
@@ -131,6 +130,8 @@ def _in_order_of_names(lines: Lines, names: Sequence[str]) -> Lines:
     """The lines again, if there is one for each name and no doubt about the names' order."""
     if len(lines) != len(names):
         raise _Misfit(f"{len(lines)} lines for {len(names)} images; write one LABEL, or NAME LABEL, for each")
+    if HEADER.fullmatch(lines[0][1][0]) and lines[0][1] not in [fields for _, fields in lines[1:]]:
+        raise _Misfit(f"line {lines[0][0]}: {lines[0][1][0]!r} is no number or class, but a header; remove it")
     numbers = [re.findall(r"\d+", name) for name in names]
     if (
         len({re.sub(r"\d+", "0", name) for name in names}) == 1
@@ -149,7 +150,7 @@ def _in_order_of_names(lines: Lines, names: Sequence[str]) -> Lines:
 def _by_name(lines: Lines, find: Finder) -> Lines:
     """(line number, [label]) of each image, in their order."""
     first = lines[0][1]
-    if len(first) == 2 and find(first[0]) is None and not is_image(first[0]) and HEADER.search(first[1]):
+    if len(first) == 2 and find(first[0]) is None and not Path(first[0]).suffix and HEADER.search(first[1]):
         lines = lines[1:]
     found: dict[int, tuple[int, list[str]]] = {}
     for n, fields in lines:
@@ -187,7 +188,7 @@ def _numbered(labelled: Lines) -> tuple[NDArray[np.int64], list[str]]:
         return numbers, []
     some = any(label is not None for label in labels)
     for (n, (word,)), label in zip(labelled, labels, strict=True):
-        if NUMERIC.fullmatch(word) and label is None:
+        if is_missing(word):
             raise _Misfit(f"line {n}: {word} is no label; labels are whole numbers from 0 (below 2^63), or class names")
         if some and label is None:
             raise _Misfit(

@@ -16,6 +16,12 @@ UNUSED = "labels not used (they are numbers from 0)"
 WITHOUT = "images without a label, beside labelled ones"
 DIFFERENT = "samples with two labels (of .cls, label and cls in .json the first is taken)"
 NUMBER = re.compile(r"\s*\+?(\d+)(?:\.0*)?\s*", re.ASCII)
+NO_NAME = re.compile(r"\s*|[+-]?\d*\.?\d+(?:[eE][+-]?\d+)?|nan|<NA>", re.IGNORECASE)  # a class is hardly called so
+
+
+def is_missing(word: str) -> bool:
+    """Whether a text is neither a label nor the name of a class: blank, a number that is no label, pandas' `nan`."""
+    return as_label(word) is None and bool(NO_NAME.fullmatch(word))
 
 
 def as_label(value: Any) -> int | None:

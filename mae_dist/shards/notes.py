@@ -9,6 +9,14 @@ WITHOUT_IMAGE = "samples without an image"
 EMPTY = "images of no bytes"
 UNLISTED = "tars that manifest.json does not list"
 DOTTED = "images with dots in their names, each one taken"
+FRAMES = "images of several frames or pages, the first alone taken"
+CHANGED = "directories that changed after they were listed: what came since is not taken"
+COPIES = "files with the bytes of another, their images taken again"
+ALIKE = "classes that differ by case, blanks or the spelling of accents alone, each taken as one"
+BY_TEXT = "classes with numbers for names, their labels in the order of text (as torchvision's)"
+IN_FOLDERS = "tars with folders, not taken for classes (unpack them for that, or write --labels)"
+AS_CLASSES = "folders that are called as splits are, taken for classes (to shard one split, give its folder)"
+SAID = (DOTTED, FRAMES, CHANGED, COPIES, ALIKE, BY_TEXT, IN_FOLDERS, AS_CLASSES)  # and nothing of it left out
 NO_SUFFIX = "no suffix"
 SHOWN, KINDS = 20, 200
 
@@ -28,7 +36,7 @@ class Notes(dict[str, tuple[int, str]]):
     def lines(self) -> Iterator[str]:
         """For people, a line a kind."""
         for kind, (count, example) in list(self.items())[:SHOWN]:
-            yield f"{'note' if kind == DOTTED else 'left out'}: {count} {kind}, such as {example}"
+            yield f"{'note' if kind in SAID else 'left out'}: {count} {kind}, such as {example}"
         if len(self) > SHOWN:
             rest = list(self.values())[SHOWN:]
             yield f"left out: {sum(count for count, _ in rest)} of {len(rest)} more kinds, such as {rest[0][1]}"

@@ -6,15 +6,17 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from mae_dist.local import fsync, staging, write_file
 from mae_dist.shards.convert import convert
+from mae_dist.shards.encoded import has_frames
 from mae_dist.shards.inputs import Reader
 from mae_dist.shards.manifest import Shard, table_bytes
+from mae_dist.shards.notes import FRAMES, Notes
 from mae_dist.shards.plan import Item, Plan
 from mae_dist.shards.publish import upload
 from mae_dist.shards.remote import is_remote
@@ -32,15 +34,17 @@ class Done:
     images: int
     """As planned, readable or not."""
     bad: list[str]
+    notes: Notes = field(default_factory=Notes)
 
     def save(self, path: Path) -> None:
         shard = vars(self.shard) if self.shard else None
-        write_file(path, json.dumps({"shard": shard, "images": self.images, "bad": self.bad}))
+        write_file(path, json.dumps({"shard": shard, "images": self.images, "bad": self.bad, "notes": self.notes}))
 
     @staticmethod
     def load(path: Path) -> "Done":
         record = json.loads(path.read_text())
-        return Done(Shard(**record["shard"]) if record["shard"] else None, record["images"], record["bad"])
+        shard = Shard(**record["shard"]) if record["shard"] else None
+        return Done(shard, record["images"], record["bad"], Notes(record.get("notes", {})))
 
 
 @lru_cache(maxsize=1)
@@ -67,12 +71,12 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
     )  # made again, its images mended: the record would be of others
     try:
         with unfinished.open("wb") as file:
-            rows, bad = fill(file, plan, reader, items)
-        done = Done(None, len(items), bad)
+            rows, bad, notes = fill(file, plan, reader, items)
+        done = Done(None, len(items), bad, notes)
         if rows:
             table = table_bytes(rows)
             with unfinished.open("rb") as file:
-                done = Done(Shard.of(Digested(file), tar_path.name, table), len(items), bad)
+                done = Done(Shard.of(Digested(file), tar_path.name, table), len(items), bad, notes)
             write_file(index_path, table)
             fsync(unfinished)
             unfinished.replace(tar_path)
@@ -89,16 +93,19 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
 
 def fill(
     file: BinaryIO, plan: Plan, reader: Reader, items: Sequence[Item]
-) -> tuple[list[tuple[int, int, int]], list[str]]:
-    """Write the tar. Returns the index's rows (offset, length, label) and what was unreadable.
+) -> tuple[list[tuple[int, int, int]], list[str], Notes]:
+    """Write the tar. Returns the index's rows (offset, length, label), what was unreadable, and what is not used.
 
     Raises StorageFailed.
     """
-    rows, bad = [], []
+    rows, bad, notes = [], [], Notes()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for item in items:
             try:
-                data, suffix = convert(read(reader, item), plan.recipe.conversion)
+                given = read(reader, item)
+                data, suffix = convert(given, plan.recipe.conversion)
+                if suffix != "jpg" and has_frames(given):  # of an MPO it is the same picture
+                    notes.add(FRAMES, reader.where(item.container, item.origin))
             except (MemoryError, StorageFailed):
                 raise
             except Exception as error:  # decoders raise what they like for bad bytes
@@ -110,7 +117,7 @@ def fill(
                 add(tar, f"{item.key}.cls", str(item.label).encode())
                 add(tar, f"{item.key}.txt", os.fsencode(plan.class_name(item.label)))
             tar.members = []  # type: ignore[attr-defined]  # tarfile would remember them all
-    return rows, bad
+    return rows, bad, notes
 
 
 class StorageFailed(OSError):

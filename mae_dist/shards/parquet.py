@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
-from mae_dist.shards.labels import UNUSED, WITHOUT, as_label
+from mae_dist.shards.labels import UNUSED, WITHOUT, as_label, is_missing
 from mae_dist.shards.notes import Notes
 from mae_dist.shards.tars import Piece
 
@@ -144,8 +144,8 @@ def values_of(path: str | Path, label: str) -> tuple[list[Any], NDArray[np.int64
 
 
 def label_names(paths: Sequence[str], label: str) -> list[str]:
-    """The names in a column of text, sorted; none where all are numbers."""
-    names = {value for path in paths for value in values_of(path, label)[0]}
+    """The names in a column of text, sorted; none where all are numbers. `-1` and the like are none."""
+    names = {value for path in paths for value in values_of(path, label)[0] if not is_missing(str(value))}
     return [] if all(as_label(name) is not None for name in names) else sorted(map(str, names))
 
 
@@ -176,10 +176,10 @@ def _labels(path: str, schema: Any, label: str, columns: Columns, notes: Notes) 
     if columns.names and not is_text(kind):
         raise UserError(f"{path}: the column {label} holds {kind}, and names in other files; give files of one kind")
     noted = class_names(schema, label)
-    if noted and columns.noted and noted != list(columns.noted):
+    if noted and noted != list(columns.noted):
         raise UserError(f"{path}: the classes of {label} have other names than in other files; shard it alone")
     number = {name: i for i, name in enumerate(columns.names)}
-    meant = [number[value] if columns.names else as_label(value) for value in values]
+    meant = [number.get(value) if columns.names else as_label(value) for value in values]
     for i, (value, found) in enumerate(zip(values, meant, strict=True)):
         if found is None:
             notes.add(UNUSED, f"{str(value)[:40]!r} of {path}", int((which == i).sum()))

@@ -10,6 +10,7 @@ from braceexpand import braceexpand
 
 from mae_dist.errors import UserError
 from mae_dist.shards.remote import PIPE, is_remote
+from mae_dist.shards.splits import of_any_split, one_split
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.\d+)?\}")
 # fsspec writes `::` too, behind what unpacks or caches the address that follows.
@@ -73,6 +74,8 @@ def local_files(pattern: str) -> list[str]:
             found.append(str(known / rest))
         elif matches := sorted(glob.glob(f"{glob.escape(str(known))}/{rest}", recursive=True)):  # noqa: PTH207
             found += matches
+            if not of_any_split(pattern):
+                one_split(pattern, list(map(Path, matches)))
         else:
             raise UserError(f"{known / rest}: matches no file")
     return found

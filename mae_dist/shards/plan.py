@@ -14,8 +14,9 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +34,9 @@ from mae_dist.shards.encoded import MAX_PIXELS
 from mae_dist.shards.inputs import Input
 from mae_dist.shards.label_file import read_labels
 from mae_dist.shards.labels import of_unlabelled
-from mae_dist.shards.notes import Notes
+from mae_dist.shards.notes import ALIKE, BY_TEXT, IN_FOLDERS, Notes
 from mae_dist.shards.order import permute
+from mae_dist.shards.sources import stamps
 from mae_dist.shards.tars import Piece
 
 PLAN_STREAM = 0x706C616E
@@ -65,14 +67,15 @@ class Recipe:
         if self.shard_size < 1:
             raise UserError(f"--shard-size must be at least 1, not {self.shard_size}")
 
-    def text(self) -> str:
+    def text(self, sources: Mapping[str, str] | None = None) -> str:
+        """As JSON. `sources`: what `Plan` has of them, under a name of its own."""
         recipe = asdict(self)
         if self.conversion.max_pixels == MAX_PIXELS:  # as recipes were before it could be chosen
             del recipe["conversion"]["max_pixels"]
         for name in ("all_suffixes", "image_column", "label_column"):
             if not recipe[name]:
                 del recipe[name]
-        return json.dumps(recipe, indent=1) + "\n"
+        return json.dumps(recipe | ({"sources": sources} if sources else {}), indent=1) + "\n"
 
     def reading(self) -> dict[str, Any]:
         """How `recognise` is to take the images."""
@@ -102,6 +105,8 @@ class Plan:
     """What was wrong with the input's files themselves: a tar that is cut short."""
     notes: Notes = field(default_factory=Notes)
     """What of the input is not used."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """What it was made from, as `sources.stamps` has it; empty in plans of earlier versions."""
 
     @property
     def num_shards(self) -> int:
@@ -159,10 +164,13 @@ class Plan:
 def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[Piece]) -> Plan:
     """Write down all images of an input. Raises UserError when there are none, or when the labels file does not fit."""
     ends, hashes, bad, notes = array("q"), array("q"), [], source.notes
+    directories = [path for path in (recipe.images, source.root) if Path(path).is_dir()]
+    sources = stamps(directories, source.containers, recipe.labels)
     with (directory / "rows").open("wb") as rows, (directory / "names").open("wb") as names:
         for piece in pieces:
             bad += piece.bad
             notes.update_from(piece.notes)
+            sources |= stamps(piece.folders.values(), (), None)
             _append(piece, rows, names, ends, hashes)
     if not ends:
         found = "; ".join((*bad[:1], *notes.lines()))
@@ -175,17 +183,32 @@ def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[P
         blob = (directory / "names").read_bytes()
         origins = [os.fsdecode(blob[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         table[:, 3], classes = read_labels(Path(recipe.labels), origins, recipe.images)
+        notes.pop(IN_FOLDERS, None)
+    note_classes(classes, notes)
     highest = int(table[:, 3].max())
     if len(classes) <= highest < NAMED_CLASSES:
         classes = [*classes, *map(str, range(len(classes), highest + 1))]
     table.flush()
     notes = of_unlabelled(notes, 0 if recipe.labels else len(ends))
-    plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad, notes)
+    plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad, notes, sources)
     content = {key: value for key, value in asdict(plan).items() if key != "directory"}
     for name in ("rows", "names", "ends.npy"):
         fsync(directory / name)
     write_file(directory / "plan.json", json.dumps(content, indent=1))
     return plan
+
+
+def note_classes(classes: Sequence[str], notes: Notes) -> None:
+    """Count names that are likely one class, and numbers that are not their own labels."""
+    first: dict[str, str] = {}
+    for name in classes:
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        if first.setdefault(plain, name) != name:
+            notes.add(ALIKE, f"{name!r} and {first[plain]!r}")
+    if all(map(str.isdecimal, classes)):
+        for label, name in enumerate(classes):
+            if int(name) != label:
+                notes.add(BY_TEXT, f"{name}, which is label {label}")
 
 
 def _append(piece: Piece, rows: BinaryIO, names: BinaryIO, ends: array, hashes: array) -> None:

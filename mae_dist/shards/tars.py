@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
 from mae_dist.shards.encoded import shows_image
-from mae_dist.shards.notes import HIDDEN, Notes
+from mae_dist.shards.notes import HIDDEN, IN_FOLDERS, Notes
 from mae_dist.shards.samples import (
     SUFFIXES,
     File,
@@ -138,6 +138,8 @@ def scan_tar(where: TarRange, all_suffixes: bool = False) -> Piece:
     if not found and not bad:
         bad.append(f"{where.name}: holds no images ({', '.join(SUFFIXES)})")
     found.sort()
+    if len({name.rpartition("/")[0] for name, *_, label in found if label < 0}) > 1:
+        notes.add(IN_FOLDERS, where.name)
     folder = f"{where.folder}/" if where.folder else ""
     rows = np.array([row for _, *row in found], dtype=np.int64).reshape(-1, 3)
     return Piece(where.container, [folder + name for name, *_ in found], rows[:, :2], rows[:, 2], bad, notes)

@@ -30,6 +30,7 @@ from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.publish import is_empty, make_directory, named, read_if_there, upload
 from mae_dist.shards.remote import is_remote
+from mae_dist.shards.sources import refuse_changed
 
 BAD_NAME, SHOWN = "bad_images.txt", 3  # what was unreadable, and how many of them an error names
 COUNTS_NAME = "counts.json"  # in OUT: what became of all that IMAGES holds
@@ -171,10 +172,20 @@ def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
         if (in_place and Plan.load(place.plan) is not None) or place.is_empty:
             return None
         recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
-        if recipe != wanted.text() or not text:
+        sources = sources_in(recipe)
+        if recipe != wanted.text(sources) or not text:
             raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
+        for line in refuse_changed(sources, wanted.labels, place.out).lines():
+            print(line, flush=True)
         place.remove()  # left when a start was killed between completing OUT and tidying up
     return Manifest.parse(text, Path(place.out), place.out) if place.remote else Manifest.load(place.out)
+
+
+def sources_in(recipe: str) -> dict[str, str]:
+    """Those that a recipe.json was written with; none in that of an earlier version, or of somebody else."""
+    with suppress(ValueError, AttributeError):
+        return json.loads(recipe).get("sources", {})
+    return {}
 
 
 def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
@@ -202,6 +213,7 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
         raise UserError(
             f"{place.aside}: holds an unfinished start with {differences}; give the same options, or remove it"
         )
+    refuse_changed(plan.sources, plan.recipe.labels, str(place.aside))
     return plan
 
 
@@ -274,7 +286,10 @@ def finish(place: Place, plan: Plan, max_bad: int, part: tuple[int, int]) -> Man
             raise UserError(f"{plan.recipe.images}: none of the {plan.count} images is readable, such as {bad[0]}")
         if len(bad) > max_bad:
             raise too_many_bad(place, plan, part)
-        manifest = complete(place, plan, shards, bad)
+        notes = refuse_changed(plan.sources, plan.recipe.labels, str(place.aside))
+        for found in (plan.notes, *(record.notes for record in records)):
+            notes.update_from(found)
+        manifest = complete(place, plan, shards, bad, notes)
         place.remove()
         return manifest
 
@@ -294,7 +309,7 @@ def summary(out: str | Path) -> str:
     return "; ".join((f"{stored + bad} images in = {stored} stored{named}", *Notes(counts["left_out"]).lines()))
 
 
-def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str]) -> Manifest:
+def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str], notes: Notes) -> Manifest:
     """All that lies in OUT beside the shards, and OUT. Done again, it does the same."""
     manifest = Manifest(place.shards, shards, plan.classes)
     shards = [with_checksum(shard, manifest.index_path(i), Path(place.out)) for i, shard in enumerate(shards)]
@@ -306,9 +321,9 @@ def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[st
             path.unlink()  # half-written by a start that was killed
     if bad:
         write_list(place.shards / BAD_NAME, bad)
-    counts = {"stored": manifest.num_samples, "bad": len(bad), "left_out": plan.notes}
+    counts = {"stored": manifest.num_samples, "bad": len(bad), "left_out": notes}
     write_file(place.shards / COUNTS_NAME, json.dumps(counts, indent=1) + "\n")
-    write_file(place.shards / RECIPE_NAME, plan.recipe.text())
+    write_file(place.shards / RECIPE_NAME, plan.recipe.text(plan.sources))
     manifest.save()
     if place.remote:
         others = (path for path in place.shards.iterdir() if path not in indexes)

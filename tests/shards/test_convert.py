@@ -145,6 +145,12 @@ def test_what_is_no_image_raises(damage):
         convert(damage(encode(picture(100, 100), "JPEG")), Conversion())
 
 
+@pytest.mark.parametrize(("form", "side"), [("JPEG", 65500), ("WEBP", 16383)])
+def test_what_a_format_cannot_hold_is_said(form, side):
+    with pytest.raises(ValueError, match=rf"resized, it has 256 x 76800 pixels, and a {form} has {side} at most"):
+        convert(encode(picture(1, 300), form), Conversion("shortest:256"))
+
+
 def test_a_decompression_bomb_is_refused_from_its_header():
     data = bytearray(encode(picture(8, 8), "JPEG"))
     at = data.index(b"\xff\xc0")

@@ -39,6 +39,8 @@ def put(path: Path, names: dict[str, list[str]] | None = None, **columns) -> Pat
         (pa.array([7, 8, 7, 0]).dictionary_encode(), [7, 8, 7, 0], [*"012345678"]),
         (pa.array(["2", "10", "0", "1"]), [2, 10, 0, 1], [*map(str, range(11))]),
         (pa.array(["2", "cat", "0", "1"]), [2, 3, 0, 1], ["0", "1", "2", "cat"]),
+        (pa.array(["-1", "0", "1.5", "1"]), [-1, 0, -1, 1], ["0", "1"]),
+        (pa.array(["", "b", "-1", "nan"]), [-1, 0, -1, -1], ["b"]),
         (pa.array([True, False, True, None]), [1, 0, 1, -1], ["false", "true"]),
         (pa.nulls(4), [-1] * 4, []),
     ],
@@ -106,6 +108,14 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path, capsys, other, colu
     with pytest.raises(UserError, match=rf"in/[abc]\.parquet: .*(?:{says})"):
         shard(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_first_file_may_not_be_the_one_without_class_names(tmp_path):
+    put(tmp_path / "in" / "a.parquet", label=[0, 1, 1, 0])
+    for name, names in (("b", ["cat", "dog"]), ("c", ["dog", "cat"])):
+        put(tmp_path / "in" / f"{name}.parquet", {"label": names}, label=[0, 1, 1, 0])
+    with pytest.raises(UserError, match=r"b\.parquet: the classes of label have other names"):
+        shard(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_path_is_not_followed(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_dist import cli
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest
 from mae_dist.shards.plan import hashed_key, plain_key
@@ -107,6 +108,20 @@ def test_other_formats_become_what_readers_know(tmp_path):
         np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(data))), pixels)
     with tarfile.open(manifest.tar_path(0)) as tar:
         assert sorted(tar.getnames()) == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("GIF", "gif"), ("PNG", "png"), ("WEBP", "webp"), ("TIFF", "tif")])
+def test_frames_and_pages_that_are_not_stored_are_counted(tmp_path, capsys, form, suffix):
+    pages = [Image.new("RGB", (16, 16), (40 * i, 90, 80)) for i in range(3)]
+    (tmp_path / "in").mkdir()
+    pages[0].save(tmp_path / "in" / f"a.{suffix}", form, save_all=True, append_images=pages[1:])
+    pages[1].save(tmp_path / "in" / f"b.{suffix}", form)
+    pages[2].save(tmp_path / "in" / "c.jpg", "MPO", save_all=True, append_images=pages[:1])
+    given = [str(tmp_path / "in"), str(tmp_path / "out"), "--all-suffixes"]
+    for command in ([*given, "--dry-run"], given):
+        cli.shard(command)
+        says = "note: 1 images of several frames or pages, the first alone taken, such as "
+        assert f"{says}{tmp_path / 'in' / 'a'}.{suffix}" in capsys.readouterr().out
 
 
 def test_keys_have_no_dots_and_stay_apart(tmp_path):
