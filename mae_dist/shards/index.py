@@ -27,6 +27,7 @@ from mae_dist.shards.patterns import places as expand_all
 from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.samples import SUFFIXES, samples
+from mae_dist.shards.sources import stamp_of
 from mae_dist.shards.tar import BadTar, Digested, members
 from mae_dist.shards.trust import check_names
 from mae_dist.shards.web import NotAFile
@@ -150,7 +151,7 @@ def scan_all(
     shards, bad = [], []
     bar = Progress(f"index {manifest.directory}", len(logins), unit="shards")
     with progress.open("w") as record, bar, closing(scans):  # its processes end here, not with the interpreter
-        record.writelines(json.dumps([asdict(shard), left]) + "\n" for shard, left in done.values())
+        record.writelines(line_of(shard, left) for shard, left in done.values())
         for i, (place, entry) in enumerate(zip(logins, manifest.shards, strict=True)):
             bar.update(1)
             if place in done:
@@ -164,7 +165,7 @@ def scan_all(
                     bad.append(f"{place}: not the shard that {FILE_NAME} means (its sha256 is another)")
                     continue
                 write_file(manifest.index_path(i), found.table)
-                record.write(json.dumps([asdict(shard), left]) + "\n")
+                record.write(line_of(shard, left))
                 record.flush()
             shards.append(replace(shard, name=entry.name, index=entry.index))
             notes.update_from(left)
@@ -205,18 +206,26 @@ def recorded(progress: Path, tables: Mapping[str, Path], logins: Mapping[str, st
     found = {}
     for line in progress.read_bytes().splitlines() if progress.exists() else ():
         try:
-            entry, left = json.loads(line)
+            entry, left, seen = json.loads(line)
             shard = Shard(**entry)
             check_table(tables[shard.name].read_bytes(), shard)
         except (ValueError, TypeError, KeyError, OSError):  # torn, or of an earlier version, or its table is
             continue
-        if shard.index_sha256 and not resized(logins[shard.name], shard.num_bytes):
+        if shard.index_sha256 and not changed(logins[shard.name], shard.num_bytes, seen):
             found[shard.name] = shard, Notes(left)
     return found
 
 
-def resized(place: str, num_bytes: int) -> bool:
-    """Whether a shard has another size than it had, as far as that can be seen."""
+def line_of(shard: Shard, left: Notes) -> str:
+    """A line of the progress file: what `recorded` reads. `shard` by its place."""
+    seen = "" if remote.is_remote(shard.name) else stamp_of(shard.name)
+    return json.dumps([asdict(shard), left, seen]) + "\n"
+
+
+def changed(place: str, num_bytes: int, seen: str) -> bool:
+    """Whether a shard is another than it was, as far as that can be seen. `seen`: its stamp, if it is a local file."""
+    if not remote.is_remote(place):
+        return stamp_of(place) != seen
     try:
         return not place.startswith(remote.PIPE) and remote.size(place) != num_bytes
     except Exception:  # file systems raise what they like

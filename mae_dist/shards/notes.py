@@ -36,10 +36,15 @@ class Notes(dict[str, tuple[int, str]]):
     def lines(self) -> Iterator[str]:
         """For people, a line a kind."""
         for kind, (count, example) in list(self.items())[:SHOWN]:
-            yield f"{'note' if kind in SAID else 'left out'}: {count} {kind}, such as {example}"
+            yield f"{'note' if kind in SAID else 'left out'}: {count} {kind}, such as {one_line(example)}"
         if len(self) > SHOWN:
             rest = list(self.values())[SHOWN:]
-            yield f"left out: {sum(count for count, _ in rest)} of {len(rest)} more kinds, such as {rest[0][1]}"
+            count = sum(count for count, _ in rest)
+            yield f"left out: {count} of {len(rest)} more kinds, such as {one_line(rest[0][1])}"
+
+
+def one_line(name: str) -> str:
+    return name.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def suffix_kind(suffix: str) -> str:

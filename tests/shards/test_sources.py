@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_plans_and_shards_of_earlier_versions_go_on(tmp_path):
     assert shard(images, out, shard_size=2, part=(1, 2))
     assert "sources" not in (out / "recipe.json").read_text()
     assert shard(images, out, shard_size=2)
+
+
+def test_index_started_again_reads_a_tar_that_has_changed(tmp_path):
+    """Of the same size, and of an earlier version's progress file too."""
+    good, bad = tar_of(tmp_path / "a.tar", [0, 1, 2]), tmp_path / "b.tar"
+    bad.write_bytes(b"x")
+    urls = [str(good), str(bad)]
+    with pytest.raises(UserError, match=r"b\.tar: cut short"):
+        index(urls)
+    size = good.stat().st_size
+    assert tar_of(good, [2, 1, 0]).stat().st_size == size
+    tar_of(bad, [3])
+    manifest = index(urls).manifest
+    assert [manifest.table(0)[:, 2].tolist(), manifest.table(1)[:, 2].tolist()] == [[2, 1, 0], [3]]
+    assert manifest.shards[0].sha256 == sha256(good.read_bytes()).hexdigest()
+
+
+def test_a_name_of_two_lines_is_said_in_one(tmp_path):
+    images = write_images(tmp_path / "in", 1, 2)
+    (images / "class_0" / "a\nb.xyz").touch()
+    shard(images, tmp_path / "out")
+    assert summary(tmp_path / "out").endswith("class_0/a\\nb.xyz")
 
 
 def test_copies_of_a_tar_are_counted(tmp_path):
