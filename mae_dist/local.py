@@ -8,10 +8,35 @@ import errno
 import os
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
+}
+
+
+def kind_of(path: Path) -> str:
+    """What lies there, for a message. Raises OSError."""
+    return KINDS.get(stat.S_IFMT(path.stat().st_mode), "a special file")
+
+
+def regular(path: Path) -> Path:
+    """The path of a file that is about to be opened. Raises OSError, and ValueError unless it is a file or a directory.
+
+    To open a FIFO is to wait for a writer, maybe for ever.
+    """
+    if (kind := kind_of(path)) not in ("a file", "a directory"):
+        raise ValueError(f"{kind}, not a file")
+    return path
 
 
 def fsync(path: Path) -> None:

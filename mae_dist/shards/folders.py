@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mae_dist.errors import UserError
+from mae_dist.local import kind_of
 from mae_dist.shards.encoded import shows_image
 from mae_dist.shards.notes import AGAIN, COPIES, DOTTED, HIDDEN, Notes, other_files
 from mae_dist.shards.samples import hidden_part, is_image, split_name
@@ -17,15 +18,6 @@ from mae_dist.shards.splits import holds_splits, splits_among
 from mae_dist.shards.tars import Piece
 
 HEAD = 4096  # bytes
-KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFREG: "a file",
-}
-
 
 def list_directory(path: Path, notes: Notes) -> tuple[list[str], list[str]]:
     """Names of files and of directories in it, sorted; hidden ones are counted. Raises OSError."""
@@ -46,9 +38,13 @@ def is_directory(entry: os.DirEntry) -> bool:
     return False
 
 
-def kind_of(path: Path) -> str:
-    """What lies there, for a message. Raises OSError."""
-    return KINDS.get(stat.S_IFMT(path.stat().st_mode), "a special file")
+def only_files(files: Iterable[Path]) -> None:
+    """Raises UserError for a name that leads to no file: a directory, a FIFO, nothing."""
+    for file in files:
+        if not os.path.lexists(file):
+            raise UserError(f"{file}: no such directory or file; write the directory that holds the images")
+        if not file.is_file():
+            raise UserError(f"{file}: {kind_of(file)}, not a file")
 
 
 def only_once(files: Iterable[Path], notes: Notes) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist.errors import UserError
+from mae_dist.local import regular
 from mae_dist.shards.folders import (
     has_images,
-    kind_of,
     list_directory,
+    only_files,
     only_once,
     scan_flat,
     scan_folder,
@@ -90,10 +91,7 @@ def recognise(
 
 def _files_of(images: str, all_suffixes: bool) -> Input:
     files = [Path(name) for name in local_files(images)]
-    if missing := next((file for file in files if not os.path.lexists(file)), None):
-        raise UserError(f"{missing}: no such directory or file; write the directory that holds the images")
-    if odd := next((file for file in files if not file.is_file()), None):
-        raise UserError(f"{odd}: {kind_of(odd)}, not a file")
+    only_files(files)
     kinds = {file.suffix.lower() for file in files}
     if kinds == {".tar"}:
         return _tars(files, Notes(), all_suffixes)
@@ -130,6 +128,7 @@ def _directory(path: Path, all_suffixes: bool) -> Input:
                 f"{path}: images, folders, tars or parquet files side by side; write a pattern such as '{path}/*.tar'"
             )
         found = [path / name for name in parquet or tars]
+        only_files(found)
         one_split(path, found)
         all_parts(path, found)
         return _parquet(found, notes) if parquet else _tars(found, notes, all_suffixes)
@@ -229,10 +228,7 @@ class Reader:
         a parquet row has no bytes.
         """
         if container < 0:
-            path = Path(self.root, origin)
-            if not path.is_file() and path.stat():  # looked at first: to open a FIFO is to wait for a writer
-                raise ValueError(f"{kind_of(path)}, not a file")
-            return path.read_bytes()
+            return regular(Path(self.root, origin)).read_bytes()
         path = self.containers[container]
         if path.lower().endswith(".parquet"):
             from mae_dist.shards.parquet import read_cell

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mae_dist.errors import UserError, unreadable
-from mae_dist.local import write_file
+from mae_dist.local import regular, write_file
 from mae_dist.shards import remote
 from mae_dist.shards.tar import Digested
 
@@ -117,7 +117,7 @@ class Manifest:
     def _table(self, shard: int) -> NDArray[np.int64]:
         path = self.index_path(shard)
         try:
-            table = check_table(path.read_bytes(), self.shards[shard])
+            table = check_table(regular(path).read_bytes(), self.shards[shard])
         except ValueError as error:
             raise UserError(f"{path}: {error}; copy it again, or {self._anew()}") from error
         self._checked.add(shard)
@@ -188,13 +188,15 @@ class Manifest:
         directory = Path(directory)
         path = directory / FILE_NAME
         try:
-            text = path.read_bytes()
+            text = regular(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{directory}: no {FILE_NAME} here; make shards with: mae-dist shard IMAGES {directory}"
             ) from None
         except OSError as error:
             raise unreadable(error, f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
         manifest = Manifest.parse(text, directory, str(path))
         if check:
             manifest.check_files()

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from mae_dist.errors import UserError
+from mae_dist.local import regular
 from mae_dist.shards import web
 from mae_dist.urls import masked
 
@@ -68,11 +70,18 @@ def size(place: str) -> int:
 
 
 def _system(place: str) -> tuple[Any, str]:
-    """The file system of a place and the path in it. Raises UserError for a kind of place that nothing here reads."""
+    """The file system of a place and the path in it.
+
+    Raises UserError for a kind of place that nothing here reads, ValueError for a FIFO, OSError for a local path
+    without a file.
+    """
     try:
-        return fsspec.core.url_to_fs(place)
+        system, path = fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:  # no package for it, or no such protocol
         raise UserError(f"{place}: {' '.join(str(error).split())}") from error
+    if isinstance(system, LocalFileSystem):
+        regular(Path(path))
+    return system, path
 
 
 class _Piped(io.RawIOBase):

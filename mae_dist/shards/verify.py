@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
+from mae_dist.local import regular
 from mae_dist.shards import remote
 from mae_dist.shards.encoded import MAX_PIXELS, decode_all, open_image
 from mae_dist.shards.manifest import Manifest
@@ -108,7 +109,7 @@ def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
 def rows_of(index: Path) -> list[Row]:
     """What a table says, whether it is the right one or not; nothing when it is none."""
     with contextlib.suppress(Exception):  # np.load raises what it likes for bad bytes
-        table = np.load(index, allow_pickle=False)
+        table = np.load(regular(index), allow_pickle=False)
         if table.dtype == np.int64 and table.shape[1:] == (3,):
             return [tuple(row) for row in table.tolist()]
     return []

@@ -268,7 +268,7 @@ def test_what_lies_in_a_folder_and_is_no_file_is_named_and_never_opened(tmp_path
     os.mkfifo(tmp_path / "x.tar")
     with pytest.raises(UserError, match=r"x\.tar: a FIFO, not a file"):
         shard(tmp_path / "x.tar", tmp_path / "other")
-    with pytest.raises(UserError, match=r"x\.tar: is a FIFO, not a file"):
+    with pytest.raises(UserError, match=r"x\.tar: .*a FIFO, not a file"):
         index([str(tmp_path / "x.tar")])
 
 
