@@ -53,6 +53,10 @@ PASSING = {
     errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EBUSY, errno.ENOTCONN,
     errno.EREMOTEIO if hasattr(errno, "EREMOTEIO") else errno.EIO,
 }  # fmt: skip
+OF_THE_FILE = {
+    None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
+"""What is wrong with one file or directory; all else the system says of a disk or a server, and no file is bad."""
 ADVICE = {
     errno.ENOSPC: "; make room there",
     errno.EDQUOT: "; make room there",

@@ -144,6 +144,8 @@ class ResampledSource:
         for shard, key, data, label in encoded_images(self.urls, patience, seed):
             try:
                 pixels = decode(data, self.channels, whole, self.config.decoder, self.config.max_pixels)
+            except MemoryError:  # says nothing of the image
+                raise
             except Exception as error:  # decoders raise what they like for bad bytes
                 bad = BadSample(f"{shard}: {key}", str(error), key)
                 listed(bad, shard)

@@ -84,6 +84,8 @@ class ShardSource:
         data, label = self.store.read(shard, index)
         try:
             return decode(data, self.channels, choose, self.decoder, self.max_pixels, self.least), label
+        except MemoryError:  # says nothing of the image
+            raise
         except Exception as error:  # decoders raise what they like for bad bytes
             raise BadSample(self.store.where(shard, index), str(error), self._key(shard, index)) from error
 

@@ -68,6 +68,8 @@ def shows_image(data: bytes) -> bool:
     """Whether the bytes begin as an image does, be it whole or damaged."""
     try:
         _identified(data).close()
+    except MemoryError:  # says nothing of the image
+        raise
     except Exception:  # decoders raise what they like for bad bytes
         return False
     return True

@@ -14,6 +14,7 @@ from mae_dist.shards.convert import convert
 from mae_dist.shards.encoded import has_frames
 from mae_dist.shards.inputs import Reader, recognise
 from mae_dist.shards.notes import FRAMES
+from mae_dist.shards.one_shard import StorageFailed, read
 from mae_dist.shards.plan import Plan, Recipe, make_plan
 from mae_dist.shards.processes import in_order
 
@@ -79,11 +80,13 @@ def measure(plan: Plan, places: np.ndarray) -> tuple[list[int], float, list[str]
     start = time.perf_counter()
     for item in plan.items_at(places):
         try:
-            given = reader.read(item.container, item.origin, *item.place)
+            given = read(reader, item)
             data, suffix = convert(given, plan.recipe.conversion)
             if suffix != "jpg" and has_frames(given):
                 plan.notes.add(FRAMES, reader.where(item.container, item.origin))
             sizes.append(block + -(-len(data) // block) * block)
+        except (MemoryError, StorageFailed):
+            raise
         except Exception as error:  # decoders raise what they like for bad bytes
             bad.append(f"{reader.where(item.container, item.origin)}: {' '.join(str(error).split())}")
     return sizes, time.perf_counter() - start, bad

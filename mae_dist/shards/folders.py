@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from mae_dist.errors import UserError
-from mae_dist.local import kind_of
+from mae_dist.errors import OF_THE_FILE, UserError
+from mae_dist.local import kind_of, naming
 from mae_dist.shards.encoded import shows_image
 from mae_dist.shards.notes import AGAIN, COPIES, DOTTED, HIDDEN, Notes, other_files
 from mae_dist.shards.samples import hidden_part, is_image, split_name
@@ -73,18 +73,26 @@ def begin_of(file: Path) -> bytes:
 
 
 def takes(path: Path, all_suffixes: bool) -> bool:
-    """Whether a file counts as an image: by its suffix, or (`all_suffixes`) by its first bytes."""
+    """Whether a file counts as an image: by its suffix, or (`all_suffixes`) by its first bytes.
+
+    Raises OSError when the storage fails.
+    """
     if is_image(path.name) or not all_suffixes:
         return is_image(path.name)
-    with suppress(OSError):
-        return path.is_file() and shows_image(path.read_bytes())
-    return False
+    try:
+        with naming(path):
+            return path.is_file() and shows_image(path.read_bytes())
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
+        return False
 
 
 def walk(folder: Path, notes: Notes, bad: list[str], seen: dict[tuple[int, int], str]) -> Iterator[tuple[Path, str]]:
     """(directory, name) of every file below `folder`, links to directories followed, each directory read once.
 
-    `seen`: those read before, by device and inode; the others are added. What cannot be listed goes to `bad`.
+    `seen`: those read before, by device and inode; the others are added. What may not be listed goes to `bad`.
+    Raises OSError when the storage fails.
     """
     todo = [folder]
     while todo:
@@ -97,6 +105,8 @@ def walk(folder: Path, notes: Notes, bad: list[str], seen: dict[tuple[int, int],
                 continue
             files, below = list_directory(where, notes)
         except OSError as error:
+            if error.errno not in OF_THE_FILE:
+                raise
             bad.append(f"{where}: this directory cannot be read: {error.strerror}")
             continue
         seen[identity] = str(where)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from mae_dist.errors import UserError
+from mae_dist.errors import OF_THE_FILE, UserError, unreadable
 from mae_dist.local import write_file
 from mae_dist.shards import remote
 from mae_dist.shards.download import GIVE_UP
@@ -88,8 +88,10 @@ def index(
     """
     try:
         return _index(urls, out, workers, max_bad, allow_commands)
-    except OSError as error:  # of OUT: what is wrong with a shard is in its scan
-        raise UserError(f"{error}; start the same command again to go on, or write another --out DIR") from error
+    except OSError as error:  # of OUT, or of all of a disk: what is wrong with one shard is in its scan
+        raise unreadable(
+            error, f"{error}; start the same command again to go on, or write another --out DIR"
+        ) from error
 
 
 def _index(urls: Sequence[str], out: Path | None, workers: int, max_bad: int, allow_commands: bool) -> Indexed:
@@ -233,7 +235,8 @@ def changed(place: str, num_bytes: int, seen: str) -> bool:
 def scan_or_say(place: str) -> Scan | str:
     """The scan of a shard, or what is wrong with it.
 
-    A remote shard has a few chances: connections break, also in the middle.
+    A remote shard has a few chances: connections break, also in the middle. Raises OSError when local storage fails,
+    which says nothing of the shard.
     """
     said = ""
     for pause in (*PAUSES, 0) if remote.is_remote(place) else (0,):
@@ -243,7 +246,11 @@ def scan_or_say(place: str) -> Scan | str:
             return masked(f"{place}: cannot be read: {type(error).__name__}: {error}")
         except BadTar as error:
             said = f"{place}: {error}"
+        except MemoryError:  # says nothing of the shard
+            raise
         except Exception as error:  # file systems raise what they like
+            if isinstance(error, OSError) and not remote.is_remote(place) and error.errno not in OF_THE_FILE:
+                raise OSError(error.errno, error.strerror, place) from error
             said = f"{place}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
             pause = max(pause, min(getattr(error, "retry_after", 0), GIVE_UP))  # a server may say how long
         time.sleep(pause)

@@ -239,6 +239,16 @@ class Reader:
             raise OSError(f"cut short: {len(data)} of {second} bytes")
         return data
 
+    def has_neighbours(self, container: int, origin: str) -> bool:
+        """Whether anything is left where an image that cannot be opened lay: its tar, or files in its directory."""
+        try:
+            if container >= 0:
+                return bool(os.stat(self.containers[container]))  # noqa: PTH116
+            with os.scandir(Path(self.root, origin).parent) as entries:
+                return any(entries)
+        except OSError:
+            return False
+
     def where(self, container: int, origin: str) -> str:
         """Where an image lies, for a message about it."""
         return str(Path(self.root, origin)) if container < 0 else f"{self.containers[container]}: {origin}"

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from mae_dist.errors import OF_THE_FILE
 from mae_dist.local import fsync, staging, write_file
 from mae_dist.shards.convert import convert
 from mae_dist.shards.encoded import has_frames
@@ -21,8 +22,6 @@ from mae_dist.shards.plan import Item, Plan
 from mae_dist.shards.publish import upload
 from mae_dist.shards.remote import is_remote
 from mae_dist.shards.tar import Digested
-
-OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -129,14 +128,19 @@ def read(reader: Reader, item: Item) -> bytes:
 
     Raises StorageFailed for what the system says of a disk or a server (EIO, ESTALE, ...). A file that is not there or
     may not be read (a broken link, say), and one with something wrong in it (cut short, a row without bytes), is a bad
-    image: that raises what `Reader.read` does.
+    image: that raises what `Reader.read` does. One that is gone with all that lay beside it is not: no disk is mounted.
     """
     try:
         return reader.read(item.container, item.origin, *item.place)
     except OSError as error:
-        if error.errno in OF_THE_FILE:
-            raise
-        raise StorageFailed(error.errno, error.strerror, reader.where(item.container, item.origin)) from error
+        where = reader.where(item.container, item.origin)
+        if error.errno not in OF_THE_FILE:
+            raise StorageFailed(error.errno, error.strerror, where) from error
+        if error.errno and not reader.has_neighbours(item.container, item.origin):
+            raise StorageFailed(
+                errno.ESTALE, "gone, with all that lay beside it; is its disk mounted?", where
+            ) from error
+        raise
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -92,6 +92,8 @@ def check_shard(manifest: Manifest, max_pixels: int, i: int) -> Checked:
                     say(sample.key, what)
     except BadTar as error:
         say("", str(error))
+    except MemoryError:
+        raise
     except Exception as error:  # file systems raise what they like
         say("", f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
     else:
@@ -120,6 +122,8 @@ def undecodable(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
     try:
         with open_image(data, max_pixels) as image:
             decode_all(image, data)
+    except MemoryError:  # says nothing of the image
+        raise
     except Exception as error:  # decoders raise what they like for bad bytes
         return f"unreadable image: {' '.join(str(error).split())}"
     return ""

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, unreadable
 from mae_dist.local import fsync, write_file
 from mae_dist.shards.convert import Conversion
 from mae_dist.shards.inputs import recognise
@@ -157,8 +157,8 @@ def shard(
     except OSError as error:
         if finished := _finished_before(place, wanted):
             return finished  # our shards were there, so the other parts completed OUT, and tidied up under us
-        raise UserError(
-            f"{error}; start the same command again to go on: finished shards stay in {place.aside}"
+        raise unreadable(
+            error, f"{error}; start the same command again to go on: finished shards stay in {place.aside}"
         ) from error
 
 

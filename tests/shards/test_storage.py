@@ -1,16 +1,23 @@
 """What storage does besides holding files: FIFOs that never end, errors that are no damage, files that shrink."""
 
+import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
-from mae_dist.errors import UserError
-from mae_dist.shards import Manifest, remote
+from mae_dist.data.options import DataConfig
+from mae_dist.data.resampled import Patience, ResampledSource
+from mae_dist.data.source import ShardSource
+from mae_dist.errors import Unreadable, UserError
+from mae_dist.shards import Manifest, encoded, remote, tar
+from mae_dist.shards.estimate import estimate
 from mae_dist.shards.index import index
+from mae_dist.shards.store import LocalStore
 from mae_dist.shards.verify import verify
-from mae_dist.shards.write import shard
+from mae_dist.shards.write import make_recipe, shard
 from tests.conftest import write_images
 
 
@@ -49,3 +56,79 @@ def test_a_fifo_in_place_of_a_shard_its_table_or_the_manifest_is_named_and_never
     fifo(tmp_path / "out" / "manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json: a FIFO, not a file"):
         Manifest.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("left", ["an empty mount point", "nothing"])
+def test_images_whose_disk_is_gone_are_not_bad(tmp_path, left):
+    """After the first of two parts. One that went alone is."""
+    images, out = write_images(tmp_path / "in", classes=2, each=3), tmp_path / "out"
+    shard(images, out, shard_size=2, part=(0, 2), max_bad=6)
+    images.rename(tmp_path / "away")
+    if left == "an empty mount point":
+        images.mkdir()
+    with pytest.raises(Unreadable, match=r"gone, with all that lay beside it.*start the same command again"):
+        shard(images, out, shard_size=2, part=(1, 2), max_bad=6)
+    shutil.rmtree(images, ignore_errors=True)
+    (tmp_path / "away").rename(images)
+    manifest = shard(images, out, shard_size=2, part=(1, 2), max_bad=6)
+    assert manifest and manifest.num_samples == 6
+
+
+def fail(monkeypatch, where: object, name: str, fails, number: int = errno.EIO) -> None:
+    """A function fails, as on a disk that does, when `fails` says so of its first argument."""
+    real = getattr(where, name)
+
+    def failing(first, *more, **named):
+        if fails(first):
+            raise OSError(number, os.strerror(number), first if isinstance(first, str | Path) else None)
+        return real(first, *more, **named)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+@pytest.mark.parametrize("broken", ["a folder", "a file without a suffix"])
+def test_a_disk_that_fails_while_images_are_listed_is_no_bad_image(tmp_path, monkeypatch, broken):
+    images = write_images(tmp_path / "in", classes=2, each=3)
+    (images / "class_0" / "000.jpg").rename(images / "class_0" / "x")
+    if broken == "a folder":
+        fail(monkeypatch, os, "scandir", lambda path: str(path).endswith("class_1"))
+    else:
+        fail(monkeypatch, Path, "read_bytes", lambda path: path.name == "x")
+    with pytest.raises(Unreadable, match=r"Input/output error.*class_"):
+        shard(images, tmp_path / "out", max_bad=6, all_suffixes=True)
+    with pytest.raises(OSError, match="Input/output error"):
+        estimate(make_recipe(images, all_suffixes=True), workers=1)
+
+
+def test_a_disk_that_fails_under_a_tar_is_no_bad_shard(tmp_path, monkeypatch):
+    manifest = shard(write_images(tmp_path / "in", classes=1, each=4), tmp_path / "out", shard_size=2)
+    assert manifest
+    places = [str(manifest.tar_path(i)) for i in range(2)]
+    fail(monkeypatch, tar.Digested, "read", lambda stream: places[1] in str(getattr(stream.stream, "name", "")))
+    with pytest.raises(Unreadable, match=r"Input/output error.*train-00001\.tar"):
+        index(places, tmp_path / "made", max_bad=1)
+    monkeypatch.undo()
+    assert len(index(places, tmp_path / "made").manifest.shards) == 2
+
+
+def test_want_of_memory_says_nothing_of_an_image(tmp_path, monkeypatch):
+    manifest = shard(write_images(tmp_path / "in", classes=1, each=2, suffix="png"), tmp_path / "out")
+    assert manifest
+    data, _ = LocalStore(manifest).read(0, 0)
+
+    def opened(*args, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(encoded.Image, "open", opened)
+    looks = (
+        lambda: ShardSource(manifest, 3).pixels(0, 0),
+        lambda: list(verify(manifest)),
+        lambda: encoded.shows_image(data),
+        lambda: estimate(make_recipe(tmp_path / "in"), workers=1),
+        lambda: shard(tmp_path / "in", tmp_path / "other", max_bad=2),
+        lambda: next(ResampledSource(DataConfig(shards=places), 3).images(Patience(places), None)),
+    )
+    places = str(manifest.tar_path(0))
+    for look in looks:
+        with pytest.raises(MemoryError):
+            look()
