@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, unreadable
 from mae_dist.local import regular
 from mae_dist.shards.folders import (
     has_images,
@@ -81,7 +81,7 @@ def recognise(
     try:
         found = _directory(path, all_suffixes) if path.is_dir() else _files_of(images, all_suffixes)
     except OSError as error:
-        raise UserError(f"{error.filename or images}: cannot be read: {error.strerror}") from error
+        raise unreadable(error, f"{error.filename or images}: cannot be read: {error.strerror}") from error
     if has_labels and (found.kind != "flat" or len(found.containers) > 1):
         raise UserError(f"--labels is for one flat directory or one tar of images, and {images} is neither")
     if found.kind != "parquet" and (image_column or label_column):

@@ -6,7 +6,8 @@ costs one row group's reading: keep the files on a fast disk, and row groups sma
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
+from mae_dist.local import naming
 from mae_dist.shards.labels import UNUSED, WITHOUT, as_label, is_missing
 from mae_dist.shards.notes import Notes
 from mae_dist.shards.tars import Piece
@@ -83,15 +85,24 @@ def like_labels(schema: Any) -> list[str]:
 
 
 def open_file(path: str | Path) -> Any:
-    """A pyarrow ParquetFile. Raises UserError when it is none."""
+    """A pyarrow ParquetFile, read and not mapped: of a file that was cut short meanwhile a map is a fatal signal.
+
+    Raises UserError when it is none, OSError when the system cannot read it.
+    """
+    with said(path):
+        return pq.ParquetFile(path, memory_map=False)
+
+
+@contextmanager
+def said(path: str | Path) -> Iterator[None]:
+    """What pyarrow says of bytes that are no parquet file as a UserError; an OSError of the system as it is."""
     try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: str | Path, error: Exception) -> UserError:
-    return UserError(f"{path}: not a parquet file ({' '.join(str(error).split())}); download it again")
+        with naming(Path(path)):
+            yield
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise UserError(f"{path}: not a parquet file ({' '.join(str(error).split())}); download it again") from error
 
 
 def holds_images(kind: pa.DataType) -> bool:
@@ -135,10 +146,8 @@ def values_of(path: str | Path, label: str) -> tuple[list[Any], NDArray[np.int64
     kind = plain(file.schema_arrow.field(label).type)
     if not is_text(kind) and not is_number(kind):
         raise UserError(f"{path}: the column {label} holds {kind}, no numbers or names; write --label-column NAME")
-    try:
+    with said(path):
         encoded = file.read(columns=[label]).column(label).cast(kind).combine_chunks().dictionary_encode()
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(path, error) from error
     values = [str(v).lower() if isinstance(v, bool) else v for v in encoded.dictionary.to_pylist()]
     return values, encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
 

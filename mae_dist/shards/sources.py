@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from mae_dist.errors import UserError
+from mae_dist.local import regular
 from mae_dist.shards.notes import CHANGED, Notes
 
 ENDS = 1 << 16  # bytes of a tar's or parquet file's two ends: names and times, or the footer that says where all lies
@@ -23,12 +24,12 @@ def stamp_of(path: str, whole: bool = False) -> str:
 
     Copies of a file have the same. Empty for what is not there.
     """
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
             return f"directory {status.st_mtime_ns}"
         ends = status.st_size if whole else ENDS
-        with open(path, "rb") as file:  # noqa: PTH123
+        with regular(Path(path)).open("rb") as file:
             digest = blake2b(file.read(min(ends, status.st_size)), digest_size=16)
             file.seek(max(0, status.st_size - ends))
             digest.update(file.read(min(ends, status.st_size)))

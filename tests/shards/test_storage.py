@@ -3,9 +3,13 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mae_dist.data.options import DataConfig
@@ -13,6 +17,7 @@ from mae_dist.data.resampled import Patience, ResampledSource
 from mae_dist.data.source import ShardSource
 from mae_dist.errors import Unreadable, UserError
 from mae_dist.shards import Manifest, encoded, remote, tar
+from mae_dist.shards import parquet as parquets
 from mae_dist.shards.estimate import estimate
 from mae_dist.shards.index import index
 from mae_dist.shards.store import LocalStore
@@ -132,3 +137,40 @@ def test_want_of_memory_says_nothing_of_an_image(tmp_path, monkeypatch):
     for look in looks:
         with pytest.raises(MemoryError):
             look()
+
+
+def parquet(path: Path) -> Path:
+    images = [(path.parent / "raw" / "class_0" / f"{i:03d}.jpg").read_bytes() for i in range(4)]
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 0, 1]}), path, row_group_size=1)
+    return path
+
+
+def test_a_disk_that_fails_under_a_parquet_file_makes_no_bad_images(tmp_path, monkeypatch):
+    write_images(tmp_path / "raw", classes=1, each=4)
+    path = parquet(tmp_path / "a.parquet")
+    fail(monkeypatch, pq, "ParquetFile", lambda path: True)
+    with pytest.raises(Unreadable, match=r"Input/output error.*a\.parquet"):
+        shard(path, tmp_path / "out", max_bad=4)
+    monkeypatch.undo()
+    plan_only = parquets.scan_parquet
+    with monkeypatch.context() as patch:  # listed whole, the disk fails after that
+        patch.setattr(parquets, "scan_parquet", lambda *job, **how: (plan_only(*job, **how), broken(patch))[0])
+        with pytest.raises(Unreadable, match=r"Input/output error.*a\.parquet"):
+            shard(path, tmp_path / "out", max_bad=4)
+    assert shard(path, tmp_path / "out", max_bad=4).num_samples == 4  # type: ignore[union-attr]
+
+
+def broken(patch: pytest.MonkeyPatch) -> None:
+    parquets._file.cache_clear()
+    fail(patch, pq, "ParquetFile", lambda path: True)
+
+
+def test_a_parquet_file_that_is_cut_short_while_it_is_read_is_no_fatal_signal(tmp_path):
+    write_images(tmp_path / "raw", classes=1, each=4, size=600)
+    path = parquet(tmp_path / "a.parquet")
+    code = (
+        "import os, sys; from mae_dist.shards.inputs import Reader; r = Reader('', [sys.argv[1]]); "
+        "r.read(0, '', 0, 0); os.truncate(sys.argv[1], 100); r.read(0, '', 3, 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Error" in done.stderr.splitlines()[-1]
