@@ -16,10 +16,10 @@ from mae_dist.local import fsync, staging, write_file
 from mae_dist.shards.convert import convert
 from mae_dist.shards.encoded import has_frames
 from mae_dist.shards.inputs import Reader
-from mae_dist.shards.manifest import Shard, table_bytes
+from mae_dist.shards.manifest import ROW_BYTES, TABLE_HEADER, Shard, index_name, table_bytes
 from mae_dist.shards.notes import FRAMES, Notes
 from mae_dist.shards.plan import Item, Plan
-from mae_dist.shards.publish import upload
+from mae_dist.shards.publish import sizes_in, upload
 from mae_dist.shards.remote import is_remote
 from mae_dist.shards.tar import Digested
 
@@ -47,8 +47,8 @@ class Done:
 
 
 @lru_cache(maxsize=1)
-def _opened(plan_directory: Path) -> tuple[Plan, Reader]:
-    """The plan and its reader: once a process, not once a shard."""
+def _opened(plan_directory: Path, identity: tuple[int, int]) -> tuple[Plan, Reader]:
+    """The plan and its reader: once a process, not once a shard. `identity`: that of the plan, as another may come."""
     plan = Plan.load(plan_directory)
     assert plan, plan_directory
     return plan, Reader(plan.root, plan.containers, plan.recipe.image_column)
@@ -59,7 +59,8 @@ def write_shard(aside: Path, publish_to: str, shard: int) -> Done:
 
     `publish_to`: a remote OUT to upload both to, which keeps the index only here; empty for a local OUT.
     """
-    plan, reader = _opened(aside / "plan")
+    status = (aside / "plan" / "plan.json").stat()
+    plan, reader = _opened(aside / "plan", (status.st_ino, status.st_mtime_ns))
     name = plan.shard_name(shard)
     tar_path, index_path = aside / "shards" / f"{name}.tar", aside / "shards" / f"{name}.idx.npy"
     # Two starts may write the same shard at once, from two machines: the same bytes under names of their own.
@@ -154,25 +155,18 @@ def done_path(aside: Path, plan: Plan, shard: int) -> Path:
 
 
 def already_done(aside: Path, plan: Plan, out: str) -> dict[int, Done]:
-    """The shards that earlier starts, or other parts, have finished: a record, and (when local) a tar of its size."""
+    """The shards that earlier starts, or other parts, have finished: a record, tar and index of their sizes."""
     recorded = {entry.name for entry in os.scandir(aside / "plan") if entry.name.endswith(".done")}
+    here = {} if is_remote(out) or not recorded else sizes_in(str(aside / "shards"))  # first: it may become OUT
+    there = sizes_in(out) | here if recorded else {}
     found = {}
     for shard in range(plan.num_shards):
         path = done_path(aside, plan, shard)
         if path.name not in recorded:
             continue
         done = Done.load(path)
-        if (
-            done.shard is None
-            or is_remote(out)
-            or any(
-                has_size(directory / done.shard.name, done.shard.num_bytes)
-                for directory in (aside / "shards", Path(out))
-            )
-        ):
+        tar = done.shard
+        files = {tar.name: tar.num_bytes, index_name(tar.name): TABLE_HEADER + ROW_BYTES * tar.count} if tar else {}
+        if files.items() <= there.items():
             found[shard] = done
     return found
-
-
-def has_size(path: Path, num_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == num_bytes

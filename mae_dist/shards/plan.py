@@ -107,6 +107,10 @@ class Plan:
     """What of the input is not used."""
     sources: dict[str, str] = field(default_factory=dict)
     """What it was made from, as `sources.stamps` has it; empty in plans of earlier versions."""
+    out: str = ""
+    """A remote OUT, without secrets; empty for a local one, beside which the plan lies."""
+    mark: str = ""
+    """Says in a remote OUT that it is being made from here (see `publish.claim`)."""
 
     @property
     def num_shards(self) -> int:
@@ -161,7 +165,9 @@ class Plan:
         return Plan(directory, Recipe(**recipe), **content, notes=notes)
 
 
-def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[Piece]) -> Plan:
+def make_plan(
+    directory: Path, recipe: Recipe, source: Input, pieces: Iterable[Piece], out: str = "", mark: str = ""
+) -> Plan:
     """Write down all images of an input. Raises UserError when there are none, or when the labels file does not fit."""
     ends, hashes, bad, notes = array("q"), array("q"), [], source.notes
     directories = [path for path in (recipe.images, source.root) if Path(path).is_dir()]
@@ -190,7 +196,20 @@ def make_plan(directory: Path, recipe: Recipe, source: Input, pieces: Iterable[P
         classes = [*classes, *map(str, range(len(classes), highest + 1))]
     table.flush()
     notes = of_unlabelled(notes, 0 if recipe.labels else len(ends))
-    plan = Plan(directory, recipe, source.kind, source.root, source.containers, classes, len(ends), bad, notes, sources)
+    plan = Plan(
+        directory,
+        recipe,
+        source.kind,
+        source.root,
+        source.containers,
+        classes,
+        len(ends),
+        bad,
+        notes,
+        sources,
+        out,
+        mark,
+    )
     content = {key: value for key, value in asdict(plan).items() if key != "directory"}
     for name in ("rows", "names", "ends.npy"):
         fsync(directory / name)

@@ -1,7 +1,7 @@
 """From here to OUT, which may be remote (any fsspec URL)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import fsspec
 from mae_dist.errors import UserError
 from mae_dist.shards.download import persist
 from mae_dist.shards.remote import join
+
+MARK = ".made-from-"  # begins the name of a file in a remote OUT that is being made
 
 
 def system_of(url: str) -> tuple[Any, str]:
@@ -61,6 +63,43 @@ def is_empty(directory: str) -> bool:
             return not system.ls(target, detail=False)
         except FileNotFoundError:
             return True
+
+
+def sizes_in(directory: str) -> dict[str, int]:
+    """Bytes of each file in it, local or remote; none where it is not there. Raises UserError as `is_empty`."""
+    system, target = system_of(directory)
+    with named(directory):
+        system.invalidate_cache()
+        try:
+            return {info["name"].rsplit("/", 1)[-1]: info["size"] for info in system.ls(target, detail=True)}
+        except FileNotFoundError:
+            return {}
+
+
+def claim(out: str, mark: str) -> None:
+    """Say in a remote OUT who is making it, until `release`. `mark` empty: nothing to say.
+
+    Raises UserError when another start is, with a directory of its own: neither would ever complete OUT.
+    """
+    name = MARK + mark
+    if not mark or name in sizes_in(out):
+        return
+    system, target = system_of(join(out, name))
+    with named(out):
+        system.pipe_file(target, b"mae-dist shard is at work here\n")
+    if any(other.startswith(MARK) and other != name for other in sizes_in(out)):
+        release(out, mark)
+        raise UserError(
+            f"{out}: another mae-dist shard is making it, with another --aside; give all parts one --aside, on a disk "
+            "that they share"
+        )
+
+
+def release(out: str, mark: str) -> None:
+    """Take the mark away again."""
+    system, target = system_of(join(out, MARK + mark))
+    with named(out), suppress(FileNotFoundError):
+        system.rm(target)
 
 
 def make_directory(directory: str) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -28,9 +29,10 @@ from mae_dist.shards.one_shard import Done, already_done, write_shard
 from mae_dist.shards.plan import Plan, Recipe, make_plan
 from mae_dist.shards.processes import find_ray, in_order, in_processes, on_ray
 from mae_dist.shards.progress import Progress
-from mae_dist.shards.publish import is_empty, make_directory, named, read_if_there, upload
+from mae_dist.shards.publish import claim, is_empty, make_directory, named, read_if_there, release, upload
 from mae_dist.shards.remote import is_remote
 from mae_dist.shards.sources import refuse_changed
+from mae_dist.urls import masked
 
 BAD_NAME, SHOWN = "bad_images.txt", 3  # what was unreadable, and how many of them an error names
 COUNTS_NAME = "counts.json"  # in OUT: what became of all that IMAGES holds
@@ -47,6 +49,11 @@ class Place:
     @property
     def remote(self) -> bool:
         return is_remote(self.out)
+
+    @property
+    def url(self) -> str:
+        """A remote OUT as a file may keep it; empty for a local one."""
+        return masked(self.out.rstrip("/")) if self.remote else ""
 
     @property
     def plan(self) -> Path:
@@ -74,6 +81,8 @@ class Place:
 
     def remove(self) -> None:
         """In one step for the other parts: they find all of it, or none."""
+        if self.remote and (plan := Plan.load(self.plan)) and plan.mark:
+            release(self.out, plan.mark)
         gone = f"{self.aside.name}.gone-"
         with suppress(FileNotFoundError):  # another part was faster
             self.aside.rename(self.aside.with_name(f"{gone}{socket.gethostname()}-{os.getpid()}"))
@@ -174,7 +183,10 @@ def _finished_before(place: Place, wanted: Recipe) -> Manifest | None:
         recipe, text = (read_if_there(place.out, name) for name in (RECIPE_NAME, FILE_NAME))
         sources = sources_in(recipe)
         if recipe != wanted.text(sources) or not text:
-            raise UserError(f"{place.out}: already exists and is not empty; write a new directory or remove this one")
+            begun = "give the --aside that it was begun with, " if place.remote else ""
+            raise UserError(
+                f"{place.out}: already exists and is not empty; {begun}write a new directory or remove this one"
+            )
         for line in refuse_changed(sources, wanted.labels, place.out).lines():
             print(line, flush=True)
         place.remove()  # left when a start was killed between completing OUT and tidying up
@@ -202,10 +214,18 @@ def prepare(place: Place, wanted: Recipe, workers: int) -> Plan:
                 if place.remote:
                     make_directory(place.out)
                 source = recognise(wanted.images, **wanted.reading())
-                return make_plan(place.plan, wanted, source, source.pieces(partial(in_order, workers=workers)))
+                pieces = source.pieces(partial(in_order, workers=workers))
+                plan = make_plan(place.plan, wanted, source, pieces, place.url, token_hex(8) if place.remote else "")
+                claim(place.out, plan.mark)
+                return plan
             except UserError:
                 place.remove()
                 raise
+        if plan.out and plan.out != place.url:
+            raise UserError(
+                f"{place.aside}: holds an unfinished start with OUT {plan.out}; write another --aside DIR, or remove it"
+            )
+        claim(place.out, plan.mark)
     if plan.recipe != wanted:
         before, now = ({**asdict(r), **asdict(r.conversion)} for r in (plan.recipe, wanted))
         changed = [key for key in now if now[key] != before[key] and key != "conversion"]
