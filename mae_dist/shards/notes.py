@@ -18,6 +18,7 @@ IN_FOLDERS = "tars with folders, not taken for classes (unpack them for that, or
 AS_CLASSES = "folders that are called as splits are, taken for classes (to shard one split, give its folder)"
 SAID = (DOTTED, FRAMES, CHANGED, COPIES, ALIKE, BY_TEXT, IN_FOLDERS, AS_CLASSES)  # and nothing of it left out
 NO_SUFFIX = "no suffix"
+FURTHER = "files of further kinds"
 SHOWN, KINDS = 20, 200
 
 
@@ -25,7 +26,7 @@ class Notes(dict[str, tuple[int, str]]):
     """How often, and the first example, by kind; as JSON, an object of lists."""
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
-        kind = kind if kind in self or len(self) < KINDS else "files of further kinds"
+        kind = kind if kind in self or kind in SAID or len(self) < KINDS else FURTHER
         times, first = self.get(kind, (0, example))
         self[kind] = (times + count, first)
 
@@ -35,10 +36,13 @@ class Notes(dict[str, tuple[int, str]]):
 
     def lines(self) -> Iterator[str]:
         """For people, a line a kind."""
-        for kind, (count, example) in list(self.items())[:SHOWN]:
+        items = sorted(
+            self.items(), key=lambda item: item[0].startswith((".", FURTHER))
+        )  # files by their suffix come last
+        for kind, (count, example) in items[:SHOWN]:
             yield f"{'note' if kind in SAID else 'left out'}: {count} {kind}, such as {one_line(example)}"
         if len(self) > SHOWN:
-            rest = list(self.values())[SHOWN:]
+            rest = [what for _, what in items[SHOWN:]]
             count = sum(count for count, _ in rest)
             yield f"left out: {count} of {len(rest)} more kinds, such as {one_line(rest[0][1])}"
 

@@ -107,6 +107,18 @@ def test_classes_that_are_likely_not_meant_so_are_said(tmp_path, classes, says):
     assert re.search(says, text) and ("note" in text) == bool(says)
 
 
+def test_many_suffixes_do_not_hide_what_matters(tmp_path):
+    put(
+        tmp_path / "in",
+        "Cat/a.jpg",
+        "cat/a.jpg",
+        *(f"Cat/a.x{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(250)),
+    )
+    shard(tmp_path / "in", tmp_path / "out")
+    first, *_, last = summary(tmp_path / "out").split("; ")[1:]
+    assert first.startswith("note: 1 classes that differ") and last.startswith("left out: 231 of 182 more kinds")
+
+
 def test_folders_in_a_tar_are_said_to_be_no_classes(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(put(tmp_path / "in", "cat/a.jpg", "dog/a.jpg"), ".")
