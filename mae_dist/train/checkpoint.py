@@ -66,6 +66,17 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def check_alien(checkpoint: Path, meta: dict) -> None:
+    """Raise UserError for what a hand has done to a whole checkpoint: another step's name, a file of another one."""
+    if meta["step"] != step_of(checkpoint):
+        own = f"step-{meta['step']:08d}"
+        raise UserError(f"{checkpoint}: {META} says that it was written at step {meta['step']}; name it {own}, "
+                        "or move it away")  # fmt: skip
+    if alien := sorted(path.name for path in checkpoint.glob("*.safetensors") if path.name not in meta["files"]):
+        raise UserError(f"{checkpoint}: {', '.join(alien)}: not written with this checkpoint ({META} does not list it); "
+                        "remove it")  # fmt: skip
+
+
 def write_meta(checkpoint: Path, meta: dict, files: dict[str, dict[str, Any]]) -> None:
     """`files`: the `digest` of each, by name."""
     content = meta | {"files": files}

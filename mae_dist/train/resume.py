@@ -15,7 +15,7 @@ from mae_dist.engine import World
 from mae_dist.errors import UserError, note
 from mae_dist.local import write_file
 from mae_dist.track.journal import FILE_NAME, Journal, read
-from mae_dist.train.checkpoint import DAMAGED, committed, read_meta
+from mae_dist.train.checkpoint import DAMAGED, check_alien, committed, read_meta
 from mae_dist.train.knn import KNN
 from mae_dist.train.schedule import Plan
 from mae_dist.train.validate import PICTURE
@@ -55,9 +55,10 @@ def check_resume(config: Any, checkpoint: Path, meta: dict) -> tuple[int, int]:
     """The updates behind a checkpoint of a run, and the images seen in them.
 
     `meta`: of the run as it is to go on; what is to be remembered of before is added to it: "changes", a line each.
-    Raises UserError when config or data are not the run's and that is not accepted.
+    Raises UserError when config or data are not the run's and that is not accepted, or the checkpoint is not as written.
     """
     saved = read_meta(checkpoint)
+    check_alien(checkpoint, saved)
     before, step = recorded(config, checkpoint, saved), saved["step"]
     changes = changed(before, meta["config"] | meta.get("pretrained", {}))
     data = dict(saved["data"])

@@ -296,3 +296,18 @@ def test_weights_are_those_that_were_trained_before_the_refusal(train):
     with pytest.raises(UserError):
         train("--optim.weight_decay=0.1")
     assert newest.read_bytes() == before
+
+
+def test_a_checkpoint_that_a_hand_has_changed_is_refused_by_name(train):
+    """Files of two attempts in one directory were loaded together; a renamed one trained on to a name that was taken."""
+    run = train()
+    newest = committed(run / "checkpoints")[-1]
+    stray = newest / "optimizer-00001-of-00002.safetensors"
+    shutil.copy(newest.with_name("step-00000004") / "optimizer-00000-of-00001.safetensors", stray)
+    with pytest.raises(UserError, match=rf"{newest.name}: {stray.name}: not written with this checkpoint.*remove it"):
+        train("--train.steps=8", "--train.accept_changes=true")
+    stray.unlink()
+    renamed = newest.rename(newest.with_name("step-00000008"))
+    with pytest.raises(UserError, match=rf"{renamed.name}: .*was written at step 6; name it step-00000006"):
+        train("--train.steps=8", "--train.accept_changes=true")
+    assert sorted(path.name for path in committed(run / "checkpoints"))[-1] == renamed.name
