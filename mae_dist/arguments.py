@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist.errors import UserError, note
+from mae_dist.local import check_local
 from mae_dist.manual import WIDTH
 
 MOST_SEED = 2**63 - 1  # seeds are keys of 64 bits
@@ -133,6 +134,7 @@ def picture(text: str) -> Path:
     from PIL import Image
 
     path = Path(text)
+    check_local(text, "a picture")
     try:
         Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[path.suffix.lower()])
     except (KeyError, OSError, ValueError):

@@ -6,6 +6,7 @@ umask, whatever a library that writes into the staging directory thinks of it.
 
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mae_dist.errors import UserError
+
+REMOTE = re.compile(r"[A-Za-z][\w+.-]+:/|pipe:")  # Path makes one `/` of two
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -37,6 +41,15 @@ def regular(path: Path) -> Path:
     if (kind := kind_of(path)) not in ("a file", "a directory"):
         raise ValueError(f"{kind}, not a file")
     return path
+
+
+def check_local(place: str | Path, where: str) -> None:
+    """Raise UserError when a place that is to be written is no path of this machine. `where`: a key or an option."""
+    if REMOTE.match(str(place)):
+        raise UserError(f"{where}: {place}: not a path of this machine; write a directory of it, or one that is "
+                        "mounted, and copy from there")  # fmt: skip
+    if Path(place).parts[:1] == ("~",):
+        raise UserError(f"{where}: {place}: `~` is known to the shell only; write {Path(place).expanduser()}")
 
 
 def fsync(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from mae_dist.data.decode import MAX_PIXELS, Decoder
 from mae_dist.data.turbojpeg import library
 from mae_dist.errors import UserError
+from mae_dist.local import check_local
 from mae_dist.ranges import COUNT, COUNT_OR_NONE, check_numbers
 from mae_dist.shards import remote
 from mae_dist.urls import MASK
@@ -98,6 +99,7 @@ class DataConfig:
         """Raise UserError for what cannot be trained on."""
         check_numbers(self, "data.")
         check_channels(in_chans)
+        check_local(self.cache_dir or "", "data.cache_dir")
         if not self.shards and not self.fake:
             raise UserError(
                 "data.shards: not set. Make shards once with: mae-dist shard IMAGES SHARDS, then add "

@@ -12,7 +12,7 @@ from mae_dist.data.options import DataConfig
 from mae_dist.engine.state import COUNTER, WEIGHTS, save_tensors
 from mae_dist.errors import UserError
 from mae_dist.exchange.read import read
-from mae_dist.local import make_directory, new_directory
+from mae_dist.local import check_local, make_directory, new_directory
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.sizes import at_size, check_fits, config_of, has_decoder
 from mae_dist.ranges import check_numbers
@@ -32,10 +32,16 @@ def import_run(
     """Make the run directory `out` from weights of another project; returns what the user should know, a line each.
 
     `known`: fields of MAEConfig told by the user; they win over the file's. `img_size`: pixels to resize the position
-    tables for. Raises UserError naming missing or extra keys, or when `out` exists.
+    tables for. Raises UserError naming missing or extra keys, or when `out` exists or is no name for a run.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; write --out with a new run directory, such as {out}-2")
+    check_local(out, "--out")
+    place = TrainConfig(name=out.name, runs_dir=str(out.parent))
+    try:
+        place.check()
+    except UserError as error:
+        raise UserError(f"--out {out}: {error}") from None
     found = read(path, source, any_eps)
     told = {**found.model, **known}
     try:
@@ -52,7 +58,7 @@ def import_run(
     data = found.data or ({} if config.in_chans == 3 else {"mean": (0.5,), "std": (0.5,)})
     pixels = DataConfig(**data)
     check_numbers(pixels, f"{path}: data.")
-    run = Config(config, pixels, train=TrainConfig(name=out.name, runs_dir=str(out.parent)))
+    run = Config(config, pixels, train=place)
     write(out, run, model, {"file": str(path), "layout": source})
     return notes
 

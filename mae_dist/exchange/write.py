@@ -16,7 +16,7 @@ from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import check_weights, load_config, newest_of
 from mae_dist.exchange.card import card, timm_sizes
 from mae_dist.exchange.read import CONFIG_KEY
-from mae_dist.local import make_directory, new_directory, new_file, write_file
+from mae_dist.local import check_local, make_directory, new_directory, new_file, write_file
 from mae_dist.model import MAEConfig
 from mae_dist.model.architecture import differences, plain
 from mae_dist.model.formats import ENCODER_ONLY, convert
@@ -47,8 +47,8 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
     """Write a run's newest checkpoint (or the one given) for another library; returns lines for the user.
 
     `out`: a new directory, or for official and timm a file name (.pth, .safetensors), beside which NAME.md is the card.
-    `img_size`: pixels to resize the position tables for. Raises UserError when `out` exists, the checkpoint is
-    damaged, the library has no place for some weight, or the size is impossible.
+    `img_size`: pixels to resize the position tables for. Raises UserError when `out` or the card exists, the checkpoint
+    is damaged, the library has no place for some weight, or the size is impossible.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: write one of {', '.join(TARGETS)}")
@@ -57,8 +57,10 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
         wanted = " or ".join(f"a name ending in {suffix}" for suffix in target.suffixes)
         raise UserError(f"--out {out}: for --to {to} write a directory{' or ' + wanted if wanted else ''}")
     single = out.suffix in target.suffixes
-    if out.exists():
-        raise UserError(f"{out}: exists already; write another --out, or remove it")
+    check_local(out, "--out")
+    for path in (out, out.with_suffix(".md")) if single else (out,):
+        if path.exists():
+            raise UserError(f"{path}: exists already; write another --out, or remove it")
     checkpoint = newest_of(run)
     config = load_config(checkpoint)
     check_weights(checkpoint)

@@ -19,6 +19,7 @@ from mae_dist.shards.tars import Piece
 
 HEAD = 4096  # bytes
 
+
 def list_directory(path: Path, notes: Notes) -> tuple[list[str], list[str]]:
     """Names of files and of directories in it, sorted; hidden ones are counted. Raises OSError."""
     files, folders = [], []

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mae_dist.errors import OF_THE_FILE, UserError, unreadable
-from mae_dist.local import write_file
+from mae_dist.local import check_local, write_file
 from mae_dist.shards import remote
 from mae_dist.shards.download import GIVE_UP
 from mae_dist.shards.folders import only_once
@@ -106,6 +106,7 @@ def _index(urls: Sequence[str], out: Path | None, workers: int, max_bad: int, al
     else:
         logins = [tar for place in expand_all(urls) for tar in shards_at(place, notes)]
         places = [kept(place) for place in logins]
+        check_local(out or "", "--out")
         out = (out or directory_of(places)).absolute()
     twice = [place for place, times in Counter(places).items() if times > 1]
     if twice:

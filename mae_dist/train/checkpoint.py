@@ -73,7 +73,7 @@ def check_alien(checkpoint: Path, meta: dict) -> None:
         raise UserError(f"{checkpoint}: {META} says that it was written at step {meta['step']}; name it {own}, "
                         "or move it away")  # fmt: skip
     if alien := sorted(path.name for path in checkpoint.glob("*.safetensors") if path.name not in meta["files"]):
-        raise UserError(f"{checkpoint}: {', '.join(alien)}: not written with this checkpoint ({META} does not list it); "
+        raise UserError(f"{checkpoint}: {', '.join(alien)}: not written with this checkpoint ({META} lists others); "
                         "remove it")  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from mae_dist.engine.base import Precision
 from mae_dist.errors import UserError
+from mae_dist.local import check_local
 from mae_dist.ranges import AMOUNT, COUNT, SEED, check_numbers
 
 
@@ -71,9 +72,10 @@ class TrainConfig:
         return Path(self.runs_dir) / self.name
 
     def check(self) -> None:
-        """Raise UserError for a name that is none for a directory, and a number out of its range."""
+        """Raise UserError for a name or place that is none for a directory, and a number out of its range."""
         if not self.name.isprintable() or not self.name or self.name.startswith(".") or "/" in self.name:
             raise UserError(f"train.name: {self.name!r} is not a name for a directory; write one such as vit_b16")
+        check_local(self.runs_dir, "train.runs_dir")
         if str(self.run_dir).encode(errors="ignore").decode() != str(self.run_dir):
             raise UserError(f"train.runs_dir, train.name: {str(self.run_dir)!r} is not UTF-8, and safetensors opens no "
                             "such file; write another name")  # fmt: skip

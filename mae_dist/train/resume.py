@@ -55,7 +55,7 @@ def check_resume(config: Any, checkpoint: Path, meta: dict) -> tuple[int, int]:
     """The updates behind a checkpoint of a run, and the images seen in them.
 
     `meta`: of the run as it is to go on; what is to be remembered of before is added to it: "changes", a line each.
-    Raises UserError when config or data are not the run's and that is not accepted, or the checkpoint is not as written.
+    Raises UserError when config or data are not the run's and that is not accepted, or for a checkpoint not as written.
     """
     saved = read_meta(checkpoint)
     check_alien(checkpoint, saved)

@@ -261,6 +261,20 @@ def test_what_a_library_cannot_hold(tmp_path, settings, to, out, message):
     assert not (tmp_path / out).exists()
 
 
+@pytest.mark.parametrize("out", ["s3://bucket/x.pth", "~/x.pth", "file.pth", ".hidden"])
+def test_nothing_is_written_where_nobody_meant_it(run, tmp_path, monkeypatch, out):
+    """A bucket was a directory `s3:`; the card took the place of a user's file; pretrain refused the imported name."""
+    monkeypatch.chdir(tmp_path)
+    Path("file.md").write_text("mine")
+    if out != ".hidden":
+        with pytest.raises(UserError, match=r"not a path of this machine|known to the shell|file\.md: exists"):
+            export(run, "official", Path(out))
+    if out != "file.pth":
+        with pytest.raises(UserError, match=r"--out: .*(not a path of|known to)|--out .hidden: .* is not a name"):
+            import_run(Path("none"), "official", Path(out), {})
+    assert [path.name for path in Path().iterdir()] == ["file.md"] and Path("file.md").read_text() == "mine"
+
+
 def test_pretraining_goes_on_from_an_import(run, shards, tmp_path):
     """The commands themselves: import, then pretrain the run that it made."""
     small = ["--train.global_batch_size=8", "--train.steps=2", f"--data.shards={shards}"]

@@ -299,7 +299,7 @@ def test_weights_are_those_that_were_trained_before_the_refusal(train):
 
 
 def test_a_checkpoint_that_a_hand_has_changed_is_refused_by_name(train):
-    """Files of two attempts in one directory were loaded together; a renamed one trained on to a name that was taken."""
+    """Files of two attempts were loaded together; under another name it trained on to one that was taken."""
     run = train()
     newest = committed(run / "checkpoints")[-1]
     stray = newest / "optimizer-00001-of-00002.safetensors"
