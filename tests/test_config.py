@@ -129,6 +129,8 @@ def test_a_mistake_on_the_command_line_is_named(arguments, says):
         (["--data.cache_dir=gs://b/c"], "data.cache_dir: gs://b/c: not a path of this machine"),
         (["--train.log_every=0"], "train.log_every"),
         (["--data.shards=x", "--data.fake=true"], "data.fake"),
+        (["--data.fake=true", "--data.val_shards=5"], "data.val_shards: 5: nothing is held out of FakeData"),
+        (["--data.shards=x", "--data.fake_size=7"], "data.fake_size: 7, but data.fake is false; leave it out"),
         (["--data.fake=true", "--data.repeated_aug=0"], "data.repeated_aug: 0: write a whole number in [1, 1000]"),
     ],
 )

@@ -111,6 +111,10 @@ class DataConfig:
                     f"data.{name}: {place}: a run keeps no passwords and signatures; write the whole of it again: "
                     f"--data.{name} ..., or leave them out and put them into ~/.netrc"
                 )
+        if self.fake and self.val_shards is not None:
+            raise UserError(f"data.val_shards: {self.val_shards}: nothing is held out of FakeData; leave it out")
+        if not self.fake and self.fake_size != DataConfig.fake_size:
+            raise UserError(f"data.fake_size: {self.fake_size}, but data.fake is false; leave it out")
         if self.shards and self.fake:
             raise UserError("data.fake: true, but data.shards is set too; leave one of them out")
         self._check_mode()

@@ -15,7 +15,7 @@ from mae_dist.engine.state import WEIGHTS, load_tensors
 from mae_dist.errors import UserError, note
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.sizes import at_size
-from mae_dist.train.checkpoint import COMMITTED, META, committed, problems
+from mae_dist.train.checkpoint import COMMITTED, META, committed, problems, read_meta
 from mae_dist.train.resume import CONFIG_FILE, changed, decided, read_config
 
 
@@ -42,8 +42,13 @@ class Pretrained:
 
     @staticmethod
     def find(path: Path) -> "Pretrained":
-        """Of a run's directory (its newest) or of a checkpoint's. Raises UserError for neither."""
+        """Of a run's directory (its newest) or of a checkpoint's in it. Raises UserError for neither."""
         checkpoint = newest_of(path).resolve()
+        if not COMMITTED.fullmatch(checkpoint.name):
+            raise UserError(
+                f"{checkpoint}: not named like a checkpoint of a run, beside which its evaluations lie; put it at "
+                f"runs/NAME/checkpoints/step-{read_meta(checkpoint)['step']:08d}, and write runs/NAME"
+            )
         return Pretrained(checkpoint, load_config(checkpoint))
 
     def at(self, img_size: int | tuple[int, int] | None) -> "Pretrained":
@@ -74,8 +79,13 @@ def load_config(checkpoint: Path) -> Config:
     """The config of the run that a checkpoint belongs to.
 
     What decides the numbers is what the checkpoint says; the run's `config.yaml` says the rest, as far as it is there.
+    Raises UserError for a checkpoint that is not of pretraining, or of a later version.
     """
     path, saved = checkpoint.parent.parent / CONFIG_FILE, decided(checkpoint)
+    if unknown := sorted(saved.keys() - {*configs.keys_of(Config)}):
+        trained = "of a classifier trained on labels; write the pretraining run that it was made of, such as runs/NAME"
+        other = f"of another version of mae_dist, with {', '.join(unknown[:5])}; use that version"
+        raise UserError(f"{checkpoint}: {trained if 'network.init' in unknown else other}")
     there = read_config(path, Config)
     if there is None and saved:
         note(f"{path}: missing or not a config: the model is what the checkpoint says, the rest the defaults")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from mae_dist.config import Config
-from mae_dist.data import Source, count_classes, open_sources, subset
+from mae_dist.data import DataConfig, Source, count_classes, open_sources, subset
 from mae_dist.engine import World
 from mae_dist.engine.base import Precision
 from mae_dist.errors import UserError, note
@@ -55,7 +55,8 @@ def evaluation_config(
     config = pretrained.config
     data = dataclasses.replace(config.data, val_shards=test or config.data.val_shards)
     if train:
-        data = dataclasses.replace(data, shards=train, mode="exact", epoch_size=None, fake=False)
+        fake = {"fake": False, "fake_size": DataConfig.fake_size}
+        data = dataclasses.replace(data, shards=train, mode="exact", epoch_size=None, **fake)
     if not data.shards or data.mode != "exact":
         say = "--train SHARDS" if data.val_shards else "--train SHARDS --test SHARDS"
         raise UserError(f"{pretrained.run_dir}: this run has no indexed shards of its own; write {say}, labelled ones")

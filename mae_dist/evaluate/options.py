@@ -1,6 +1,7 @@
 """What `mae-dist linear` and `mae-dist finetune` can be told. The defaults are the paper's ViT-B recipes."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -11,6 +12,8 @@ from mae_dist.evaluate.features import Pool
 from mae_dist.ranges import COUNT, SEED, check_numbers
 from mae_dist.track import TrackConfig
 from mae_dist.train.options import TrainConfig
+
+RAND_AUGMENT = re.compile(r"rand(-((m|n|mmax|inc)\d+|(mstd|p)\d+(\.\d*)?|t(weights|3aw?)))*")
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,18 @@ class FinetuneConfig:
     def check(self, in_chans: int) -> None:
         """Raise UserError for everything that is wrong whatever the machine."""
         check_common(self, in_chans)
-        if self.augment.rand_augment and in_chans not in (1, 3):
-            raise UserError(f"augment.rand_augment: made for grey and RGB, not for {in_chans} channels; write null")
+        if spec := self.augment.rand_augment:
+            if in_chans not in (1, 3):
+                raise UserError(f"augment.rand_augment: made for grey and RGB, not for {in_chans} channels; write null")
+            from timm.data.auto_augment import rand_augment_transform  # slow to import
+
+            try:
+                assert RAND_AUGMENT.fullmatch(spec)  # timm passes over what else it does not know
+                rand_augment_transform(spec, {"img_mean": (0, 0, 0), "translate_const": 1})
+            except Exception:  # its asserts and lookups
+                raise UserError(
+                    f"augment.rand_augment: {spec}: not one of timm's; write rand-m9-mstd0.5-inc1, or null for none"
+                ) from None
 
 
 @dataclass(frozen=True)

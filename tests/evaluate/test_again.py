@@ -10,7 +10,7 @@ import pytest
 from mae_dist import config as configs
 from mae_dist.cli import COMMANDS
 from mae_dist.errors import UserError
-from mae_dist.train.checkpoint import committed
+from mae_dist.train.checkpoint import committed, read_meta, write_meta
 from mae_dist.train.run import pretrain
 from tests.conftest import TINY, signals_put_back
 
@@ -74,3 +74,28 @@ def test_few_labels_with_the_batch_of_the_recipe_are_refused(run, command):
     with pytest.raises(UserError, match=r"updates?, too few to learn from: write a smaller --train\.global_batch_size"):
         COMMANDS[name]([str(run), *flags, "--per-class", "10", *PRECISE])
     assert not list(run.glob("evaluations/*/config.yaml"))
+
+
+def test_commands_of_pretraining_runs_name_what_is_none(run, shards, tmp_path):
+    """A classifier, a later version's key, and a copy under a name of its own were tracebacks."""
+    checkpoint = committed(run / "checkpoints")[-1]
+    knn = ["--train", str(shards), "--test", str(shards), "--k", "1"]
+    with pytest.raises(UserError, match=r"best: not named .*put it at runs/NAME/checkpoints/step-00000002"):
+        COMMANDS["knn"]([str(shutil.copytree(checkpoint, tmp_path / "best")), *knn])
+    assert COMMANDS["finetune"]([str(run), *SHORT]) == 0
+    tuned = run / "evaluations" / "a"
+    for command in (["knn", str(tuned), *knn], ["reconstruct", str(tuned), str(shards)],
+                    ["export", str(tuned), "--to", "timm", "--out", str(tmp_path / "x.pth")]):  # fmt: skip
+        with pytest.raises(UserError, match="of a classifier trained on labels; write the pretraining run"):
+            COMMANDS[command[0]](command[1:])
+    meta = {key: value for key, value in read_meta(checkpoint).items() if key not in ("seal", "files")}
+    files = read_meta(checkpoint)["files"]
+    write_meta(checkpoint, meta | {"config": meta["config"] | {"model.rope": True}}, files)
+    with pytest.raises(UserError, match=r"of another version of mae_dist, with model\.rope"):
+        COMMANDS["knn"]([str(run), *knn])
+
+
+@pytest.mark.parametrize("spec", ["foo", "rand-m9-xyz3-n2", "rand-magic", "rand-m9x", "rand-tfoo", "rand-m9-"])
+def test_a_rand_augment_that_timm_does_not_know_whole_is_refused(run, spec):
+    with pytest.raises(UserError, match=f"augment.rand_augment: {spec}: not one of timm's; write rand-m9"):
+        COMMANDS["finetune"]([str(run), *SHORT, f"--augment.rand_augment={spec}"])
