@@ -33,10 +33,22 @@ def list_directory(path: Path, notes: Notes) -> tuple[list[str], list[str]]:
 
 
 def is_directory(entry: os.DirEntry) -> bool:
-    """False for a link that leads nowhere, in a circle, or where nobody may look."""
+    """Also a link that leads nowhere, in a circle, or where nobody may look, unless it is called as an image is."""
     with suppress(OSError):
-        return entry.is_dir()
-    return False
+        if not entry.is_symlink() or stat.S_ISDIR(entry.stat().st_mode):
+            return entry.is_dir()
+        return False
+    return not is_image(entry.name)
+
+
+def follow(path: Path, folders: Iterable[str]) -> None:
+    """Raises UserError for a link among these class folders that leads nowhere: all behind it would be renumbered."""
+    for name in folders:
+        try:
+            (path / name).stat()
+        except OSError as error:
+            said = f"a link to {(path / name).readlink()} that cannot be followed: {error.strerror}"
+            raise UserError(f"{path / name}: {said}; mount what it leads to, or remove the link") from error
 
 
 def only_files(files: Iterable[Path]) -> None:
@@ -138,9 +150,15 @@ def scan_folder(job: tuple[str, str, int], all_suffixes: bool = False) -> Piece:
     if not names and not bad:
         found = f" ({'; '.join(notes.lines())})" if notes else ""
         raise UserError(f"{root}/{folder}: a class folder without images{found}; remove the folder or add its images")
-    splits, kinds = splits_among(dict.fromkeys(name.split("/")[1] for name in sorted(names) if name.count("/") > 1))
-    if kinds > 1:
-        raise holds_splits(Path(root, folder), splits)
+    below: dict[str, set[str]] = {}
+    for where in {name.rpartition("/")[0] for name in names}:
+        while "/" in where:
+            where, _, name = where.rpartition("/")
+            below.setdefault(where, set()).add(name)
+    for where in sorted(below):
+        splits, kinds = splits_among(sorted(below[where]))
+        if kinds > 1:
+            raise holds_splits(Path(root, where), splits)
     names.sort(key=lambda name: name.split("/"))
     piece = _files(names, label, notes)
     return piece._replace(bad=bad, folders={key: path for key, path in seen.items() if key not in above})

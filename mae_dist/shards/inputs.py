@@ -16,6 +16,7 @@ from typing import Any
 from mae_dist.errors import UserError, unreadable
 from mae_dist.local import regular
 from mae_dist.shards.folders import (
+    follow,
     has_images,
     list_directory,
     only_files,
@@ -24,7 +25,8 @@ from mae_dist.shards.folders import (
     scan_folder,
     takes,
 )
-from mae_dist.shards.notes import AS_CLASSES, Notes, other_files
+from mae_dist.shards.manifest import FILE_NAME, check_listing
+from mae_dist.shards.notes import Notes, other_files
 from mae_dist.shards.patterns import local_files
 from mae_dist.shards.samples import SUFFIXES, is_image
 from mae_dist.shards.splits import all_parts, holds_splits, one_split, splits_among
@@ -103,6 +105,7 @@ def _files_of(images: str, all_suffixes: bool) -> Input:
 def _directory(path: Path, all_suffixes: bool) -> Input:
     notes = Notes()
     files, folders = list_directory(path, notes)
+    follow(path, folders)
     tars = [name for name in files if name.lower().endswith(".tar")]
     described = {Path(name).stem for name in tars} | set(folders)  # img2dataset writes a parquet of notes for each
     parquet = [name for name in files if name.lower().endswith(".parquet") and Path(name).stem not in described]
@@ -141,10 +144,8 @@ def _directory(path: Path, all_suffixes: bool) -> Input:
         return Input("flat", str(path), [], [], scan_flat, [flat], notes)
     if folders:
         splits, kinds = splits_among(folders)  # which would become classes, and one alone may be one
-        if kinds and not any(has_images(path / name) for name in folders if name not in splits):
+        if kinds > 1 or (kinds and not any(has_images(path / name) for name in folders if name not in splits)):
             raise holds_splits(path, splits)
-        if kinds > 1:
-            notes.add(AS_CLASSES, f"{path / splits[0]}", len(splits))
         numbered = of_img2dataset(path, folders, files)
         kind, classes = ("img2dataset's folders", []) if numbered else ("class folders", folders)
         jobs = [(str(path), name, -1 if numbered else label) for label, name in enumerate(folders)]
@@ -193,10 +194,12 @@ def _tars(files: Sequence[Path], notes: Notes, all_suffixes: bool) -> Input:
 
 
 def _classes_beside(directory: Path) -> list[str]:
-    """Class names of shards that mae-dist wrote."""
+    """Class names of shards that mae-dist wrote; none in a manifest.json of somebody else."""
     try:
-        return list(json.loads((directory / "manifest.json").read_text())["classes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        listing = json.loads((directory / FILE_NAME).read_text())
+        check_listing(listing)
+        return listing["classes"]
+    except (OSError, ValueError, RecursionError):
         return []
 
 

@@ -142,6 +142,9 @@ def samples_of(groups: Iterable[tuple[str, dict[str, File]]], notes: Notes, labe
                 image = min((suffix for suffix, file in own.items() if file.is_image), key=rank)
                 notes.add(DOTTED, own[image].member.name)
                 yield made(f"{key}.{middle}", image, own, notes, label)
+            for suffix, file in files.items():
+                if suffix.rpartition(".")[0] not in middles:
+                    notes.add(beside_image(suffix), file.member.name)
 
 
 def made(key: str, suffix: str, files: Mapping[str, File], notes: Notes, label: int) -> Sample:

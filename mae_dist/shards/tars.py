@@ -91,8 +91,9 @@ def _inside(outer: TarRange) -> tuple[list[TarRange], list[str], Notes]:
                     return [outer], [], Notes()
                 elif name.lower().endswith(".tar"):
                     stem = PurePosixPath(name).stem
-                    if member.fault or stem in found:
-                        why = f"is {member.fault}" if member.fault else "has the name of another class tar in it"
+                    if member.fault or stem in found or not WNID_TAR.fullmatch(f"{stem}.tar"):
+                        why = "has the name of another class tar in it" if stem in found else "is no class tar"
+                        why = f"is {member.fault}" if member.fault else f"{why}, as n01440764.tar is one"
                         raise UserError(f"{outer.path}: {name} {why}; unpack it and give the directory")
                     found[stem] = member
         except BadTar as error:
@@ -154,6 +155,11 @@ def _take(
         return
     if member.name.lower().endswith(".tar"):
         raise beside(where, member.name)
+    if where.label >= 0 and member.name.lower().endswith(".cls"):
+        raise UserError(
+            f"{where.name}: {member.name} says a label, and the name of a class tar another; unpack the tars, and give "
+            "the directory of their folders"
+        )
     is_label = member.name.lower().endswith(LABELS)
     image = has_image_suffix(member.name) or (look and not is_label and shows_image(member.data or b""))
     files = groups.setdefault(split_name(member.name)[0], {})

@@ -148,6 +148,9 @@ SEVERAL = [
     (["a.b.jpg", "a.b.cls", "c.d.jpg"], ["a.b.jpg", "c.d.jpg"], "note: 2 images with dots"),
     (["0.jpg", "0.seg.png", "1.jpg", "1.seg.png"], ["0.jpg", "1.jpg"], "left out: 2 .seg.png files beside"),
     (["0.jpg", "0.seg.png", "1.seg.png"], ["0.jpg"], "left out: 1 samples without an image (.seg.png)"),
+    (["x.jpg", "x.seg.png", "a.1.jpg", "a.seg.png"], ["x.jpg", "a.1.jpg"], "left out: 2 .seg.png files beside"),
+    (["a.1.jpg", "a.2.cls"], ["a.1.jpg"], "left out: 1 .N.cls files beside"),
+    (["a.1.jpg", "a.9.gif"], ["a.1.jpg"], "left out: 1 .N.gif files beside"),
     (["0.jpg", "0.png", "0.gif"], ["0.jpg"], "left out: 1 .png files beside"),
     (["f.json", "f.mask.png", "g.jpg"], ["g.jpg"], "left out: 1 samples without an image (.json+.mask.png)"),
     (
@@ -181,10 +184,12 @@ INNER = tar(("a.jpg", picture(1)))
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ([("n1.tar", INNER), ("loose.jpg", picture(2))], "holds images beside tars"),
-        ([("loose.jpg", picture(2)), ("n1.tar", INNER)], "holds images beside tars"),
-        ([("n1.tar", tar(("m.tar", INNER)))], "x.tar: n1.tar: holds images beside tars"),
-        ([("a/n1.tar", INNER), ("b/n1.tar", INNER)], "b/n1.tar has the name of another class tar"),
+        ([("n00000001.tar", INNER), ("loose.jpg", picture(2))], "holds images beside tars"),
+        ([("loose.jpg", picture(2)), ("n00000001.tar", INNER)], "holds images beside tars"),
+        ([("n00000001.tar", tar(("m.tar", INNER)))], "x.tar: n00000001.tar: holds images beside tars"),
+        ([("a/n00000001.tar", INNER), ("b/n00000001.tar", INNER)], "b/n00000001.tar has the name of another class tar"),
+        ([("part-0.tar", INNER), ("part-1.tar", INNER)], "x.tar: part-0.tar is no class tar, as n01440764.tar is one"),
+        ([("n00000001.tar", tar(("a.jpg", picture(1)), ("a.cls", b"5")))], r"n00000001\.tar: a\.cls says a label"),
     ],
 )
 def test_tars_in_tars_that_cannot_all_be_used_are_refused(tmp_path, entries, says):
@@ -193,7 +198,12 @@ def test_tars_in_tars_that_cannot_all_be_used_are_refused(tmp_path, entries, say
 
 
 def test_class_tars_in_a_tar_that_begins_with_a_directory(tmp_path):
-    entries = [("./", None), ("./._n2.tar", b"mac"), ("./n2.tar", tar(("b.jpg", picture(2)))), ("./n1.tar", INNER)]
+    entries = [
+        ("./", None),
+        ("./._n2.tar", b"mac"),
+        ("./n00000002.tar", tar(("b.jpg", picture(2)))),
+        ("./n00000001.tar", INNER),
+    ]
     (tmp_path / "x.tar").write_bytes(tar(*entries))
     assert pairs(shard(tmp_path / "x.tar", tmp_path / "out")) == sorted([(picture(1), 0), (picture(2), 1)])
     assert "1 hidden" in said(tmp_path)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def test_shards_can_be_sharded_again(images, shards, tmp_path):
     assert pairs(again) == pairs(Manifest.load(shards))
     assert list(again.classes) == ["class_0", "class_1"]
     assert max(again.counts) == 7
+
+
+@pytest.mark.parametrize("classes", [{"dog": 1, "cat": 0}, "ab", [{"name": "dog"}], ["dog", "cat"]])
+def test_a_manifest_of_somebody_else_names_no_classes(folders, tmp_path, classes):
+    data = (folders / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").read_bytes()
+    (tmp_path / "in").mkdir()
+    tar_of(tmp_path / "in" / "a.tar", {"a.jpg": data, "a.cls": b"0"})
+    (tmp_path / "in" / "manifest.json").write_text(json.dumps({"classes": classes}))
+    assert list(shard(tmp_path / "in", tmp_path / "out").classes) == ["0"]
 
 
 def test_tars_of_somebody_else(folders, tmp_path):
@@ -268,12 +278,26 @@ def test_splits_side_by_side_are_not_mixed(tmp_path, names, says):
 
 
 def test_a_class_may_be_called_as_a_split_is(tmp_path):
-    for name in ("car", "train", "val"):
+    for name in ("car", "train"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").touch()
-    assert recognise(str(tmp_path)).classes == ["car", "train", "val"]
+    assert recognise(str(tmp_path)).classes == ["car", "train"]
     tars = tmp_path / "tars"
     tars.mkdir()
     for name in ("train-interval-0.tar", "train-interval-1.tar"):
         tar_of(tars / name, {f"{name}.jpg": b"x"})
     assert len(recognise(str(tars)).containers) == 2
+
+
+def test_a_class_folder_that_is_a_link_to_nowhere_is_named(images, tmp_path):
+    """A disk that is not mounted: without it, the classes behind it would have other labels."""
+    shutil.copytree(images, tmp_path / "in")
+    link = tmp_path / "in" / "class_00"
+    link.symlink_to("/nowhere/class_00")
+    with pytest.raises(UserError, match=r"class_00: a link to /nowhere/class_00 that cannot be followed: No such file"):
+        shard(tmp_path / "in", tmp_path / "out")
+    link.rename(tmp_path / "in" / "class_0" / "more")
+    with pytest.raises(UserError, match=r"1 unreadable image: .*class_0/more: this directory cannot be read"):
+        shard(tmp_path / "in", tmp_path / "out")
+    made = shard(tmp_path / "in", tmp_path / "out", max_bad=1)
+    assert made and made.num_samples == 46

@@ -38,6 +38,11 @@ def put(root: Path, *names: str) -> Path:
         (["ILSVRC2012_img_train/n01/a.jpg", "ILSVRC2012_img_val/b.jpg"], "in: holds the splits"),
         (["images_train/a.jpg", "images_val/b.jpg"], "in: holds the splits"),
         (["imagenet/train/n01/a.jpg", "imagenet/val/n01/a.jpg"], "in/imagenet: holds the splits train, val"),
+        (["train/a.jpg", "test/a.jpg", "unlabeled/a.jpg"], "in: holds the splits test, train"),
+        (
+            ["d/Data/CLS-LOC/train/n01/a.jpg", "d/Data/CLS-LOC/val/b.jpg"],
+            "in/d/Data/CLS-LOC: holds the splits train, val",
+        ),
         (["cifar/x/a.jpg", "imagenet/train/a.jpg", "imagenet/test/a.jpg"], "in/imagenet: holds the splits test, train"),
     ],
 )
@@ -50,12 +55,6 @@ def test_folders_of_splits_are_no_classes(tmp_path, names, says):
 @pytest.mark.parametrize("names", [["bullet_train/a.jpg", "test tube/a.jpg"], ["valley/a.jpg", "train/old/a.jpg"]])
 def test_classes_may_have_such_words_in_their_names(tmp_path, names):
     assert not list(recognise(str(put(tmp_path / "in", *names))).notes.lines())
-
-
-def test_classes_called_as_splits_are_said_to_be_taken_for_classes(tmp_path):
-    put(tmp_path / "in", "train/a.jpg", "test/a.jpg", "unlabeled/a.jpg")
-    shard(tmp_path / "in", tmp_path / "out")
-    assert "note: 2 folders that are called as splits are, taken for classes" in summary(tmp_path / "out")
 
 
 def test_a_pattern_mixes_splits_only_where_it_names_them(tmp_path):
