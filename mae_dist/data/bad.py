@@ -27,6 +27,7 @@ STAND_IN_STREAM = 0x7374616E
 TRIES = 16  # stand-ins asked, should they be bad too
 ALWAYS_ALLOWED = 10  # so that a bad image in a small data set stops nothing
 SLOTS = 4096
+KINDS = {"where": str, "error": str, "position": int, "sample": int}  # in the records of the file
 LISTED = 5  # in the message; the file has all
 PLACE = re.compile(r"(?P<shard>.*): sample (?P<index>\d+) \(bytes (?P<offset>\d+) to (?P<end>\d+)\)", re.DOTALL)
 
@@ -96,7 +97,7 @@ class BadSamples:
             return
         with self._output.attempt():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+") as file:
+            with self.path.open("a+", errors="replace") as file:
                 with suppress(OSError):  # not every file system has locks; short lines are appended whole all the same
                     fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
                 file.seek(0)
@@ -137,7 +138,7 @@ class BadSamples:
         return []
 
     def _lines(self) -> Iterator[dict]:
-        return parsed(self.path.read_text().splitlines() if self.path.exists() else [])
+        return parsed(self.path.read_text(errors="replace").splitlines() if self.path.exists() else [])
 
     def check(self, found: int, read: int) -> None:
         """Raise UserError, with the list, when `found` bad samples are too many for `read` samples of training."""
@@ -161,12 +162,13 @@ class BadSamples:
 
 
 def parsed(lines: Iterable[str]) -> Iterator[dict]:
-    """The records of the file; a line that a crash has torn is none."""
+    """The records of the file; a line that a crash or a disk has spoilt is none."""
     for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+        with suppress(ValueError, RecursionError, AttributeError):
+            record = json.loads(line)
+            kinds = [isinstance(record.get(key, kind()), kind) for key, kind in KINDS.items()]
+            if all(kinds) and "where" in record:
+                yield {"error": ""} | record
 
 
 def location(where: str) -> dict[str, int | str]:

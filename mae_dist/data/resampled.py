@@ -5,6 +5,7 @@ function of the step: no promise that an image is seen once, or at all, or that 
 """
 
 import hashlib
+import os
 import random
 import sys
 import time
@@ -25,12 +26,14 @@ from mae_dist.data.ring import Table
 from mae_dist.data.source import Choose, Source
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
-from mae_dist.shards.labels import member_label
+from mae_dist.shards.notes import EMPTY, Notes
 from mae_dist.shards.patterns import places
 from mae_dist.shards.prefetch import Course
-from mae_dist.shards.samples import SUFFIXES
+from mae_dist.shards.samples import SUFFIXES, is_image, samples
+from mae_dist.shards.tar import LABELS, Counted, members
 from mae_dist.urls import masked
 
+LINKS = "links to images before them (mode exact follows them)"
 BUFFER = 1000  # encoded samples that a worker shuffles
 GIVE_UP = 200  # shards opened, errors and samples without image in a row
 NOTICE = (
@@ -53,12 +56,19 @@ class Patience:
 
     def __init__(self, pattern: str):
         self.pattern, self.in_row, self.last = pattern, 0, "no errors, but no images either"
+        self.noted = set[str]()
 
-    def __call__(self, error: Exception) -> bool:
-        self.last = masked(" ".join(f"{type(error).__name__}: {error}".split()))
+    def __call__(self, error: Exception, where: str = "") -> None:
+        self.last = masked(" ".join(f"{where}{type(error).__name__}: {error}".split()))
         print(f"left out: {self.last}", file=sys.stderr, flush=True)
         self.lose()
-        return True
+
+    def note(self, shard: str, notes: Notes) -> None:
+        """Say what of a shard is not used, each kind once."""
+        new = Notes({kind: what for kind, what in notes.items() if kind not in self.noted})
+        self.noted |= new.keys()
+        for line in new.lines():
+            print(masked(f"{shard}: {line}"), file=sys.stderr, flush=True)
 
     def lose(self) -> None:
         """Count something that gave no image. Raises UserError past the limit."""
@@ -73,29 +83,41 @@ class Patience:
 def encoded_images(urls: list[str], patience: Patience, seed: str | None) -> Iterator[Encoded]:
     """Endless; `seed` None: the shards in their order, once, not shuffled."""
     from webdataset.filters import shuffle
-    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    def streams() -> Iterator[dict[str, Any]]:
+    def images() -> Iterator[Encoded]:
         draw = random.Random(seed)
         place = iter(urls) if seed is None else iter(lambda: draw.choice(urls), None)
         for url in place:
             patience.lose()
             try:
-                with remote.open_stream(url) as stream:
-                    yield {"url": url, "stream": stream}
-            except UserError:
+                yield from images_in(url, patience)
+            except (UserError, MemoryError):
                 raise
             except Exception as error:  # client libraries raise what they like
-                patience(error)
+                patience(error, f"{url}: ")
 
-    files = tar_file_expander(streams(), handler=patience)
-    samples = group_by_keys(files, handler=patience)
-    for sample in samples if seed is None else shuffle(BUFFER, seed=seed)(samples):
-        data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
-        if data is None:
-            patience.lose()
-        else:
-            yield Encoded(sample["__url__"], sample["__key__"], data, member_label(sample))
+    return images() if seed is None else shuffle(BUFFER, seed=seed)(images())
+
+
+def wanted(name: str) -> bool:
+    """Whether the bytes of a file in a shard are needed."""
+    return is_image(name) or name.lower().endswith(LABELS)
+
+
+def images_in(url: str, patience: Patience) -> Iterator[Encoded]:
+    """The images of one shard, as `mae-dist index` finds them. Raises BadTar, OSError, and what clients do."""
+    notes = Notes()
+    try:
+        with remote.open_stream(url) as stream:
+            for sample in samples(members(Counted(stream), wanted), notes):
+                if sample.image and sample.image.data:
+                    yield Encoded(url, sample.key, sample.image.data, sample.label)
+                    continue
+                patience.lose()
+                if sample.image:
+                    notes.add(LINKS if sample.image.size else EMPTY, sample.image.name)
+    finally:
+        patience.note(url, notes)
 
 
 class ResampledSource:
@@ -105,7 +127,7 @@ class ResampledSource:
         self.pattern, self.channels, self.config = config.shards or "", channels, config
         self.urls = places([self.pattern])
         self.epoch_size = config.epoch_size or 1
-        self.digest = "resampled-" + hashlib.sha256(masked(self.pattern).encode()).hexdigest()[:16]
+        self.digest = "resampled-" + hashlib.sha256(os.fsencode(masked(self.pattern))).hexdigest()[:16]
         self._pictures: list[tuple[NDArray[np.uint8], int]] = []
         self._more = self.images(Patience(self.pattern), None)
 

@@ -167,7 +167,7 @@ class Ring:
         self.free.append(slot)
 
     def _raise(self, worker: int) -> None:
-        text = self._text(worker).tobytes().rstrip(b"\0").decode(errors="replace")
+        text = self._text(worker).tobytes().rstrip(b"\0").decode(errors="surrogateescape")
         if kind := KINDS.get(text[0]):
             raise kind(text[1:])
         raise RuntimeError(f"data worker {worker} (pid {self.workers[worker]}) failed:\n{text[1:]}")
@@ -240,7 +240,8 @@ class Ring:
                 self.fill(self.tables[slot][begin:end], torch.from_numpy(self.images[slot][begin:end]))
             except BaseException as error:
                 letter = next((letter for letter, kind in KINDS.items() if isinstance(error, kind)), "")
-                text = (f"{letter}{error}" if letter else f"T{traceback.format_exc()[-TEXT // 4 :]}").encode()[:TEXT]
+                words = f"{letter}{error}" if letter else f"T{traceback.format_exc()[-TEXT // 4 :]}"
+                text = words.encode(errors="surrogateescape")[:TEXT]  # a path may be no UTF-8
                 self._text(worker)[: len(text)] = np.frombuffer(text, np.uint8)
                 number = -worker - 1
                 poll.unregister(self.tasks)  # its words stay as they are; it only waits for the end

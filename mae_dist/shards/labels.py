@@ -7,7 +7,7 @@ nothing is made up: it is -1, none, and counted in the input's notes.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mae_dist.shards.notes import Notes
@@ -60,12 +60,6 @@ def decide(said: Sequence[Any], where: str, notes: Notes) -> int:
     elif len(set(labels)) > 1:
         notes.add(DIFFERENT, f"{where}: {', '.join(map(str, labels))}")
     return labels[0] if labels else -1
-
-
-def member_label(files: Mapping[str, bytes], where: str = "", notes: Notes | None = None) -> int:
-    """The label of a sample, -1 for none. `files`: its members by suffix."""
-    said = [value for suffix in ("cls", "json") if suffix in files for value in said_in(suffix, files[suffix])]
-    return decide(said, where, Notes() if notes is None else notes)
 
 
 def of_unlabelled(notes: Notes, images: int) -> Notes:

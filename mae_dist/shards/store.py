@@ -65,9 +65,8 @@ class OpenShard:
         header, data = os.pread(self.file, BLOCK, offset - BLOCK), os.pread(self.file, length, offset)
         found = os.fstat(self.file).st_size
         if found != self.num_bytes or len(data) < length:
-            raise self._changed(f"has {found} bytes where the manifest says {self.num_bytes}")
-        if header[SIZE_FIELD].rstrip(b" \0").lstrip(b" 0") != b"%o" % length:
-            raise self._changed(f"has no image of {length} bytes at byte {offset}, as its table says")
+            raise changed(self.path, f"has {found} bytes where the manifest says {self.num_bytes}")
+        check_place(self.path, header, offset, length)
         return data, label
 
     def headers(self, index: int) -> bytes:
@@ -75,11 +74,20 @@ class OpenShard:
         start, end = before(self.table.row(index)[0])
         return os.pread(self.file, end - start, start)
 
-    def _changed(self, how: str) -> UserError:
-        return UserError(
-            f"{self.path}: {how}: it was changed after it was indexed; copy it again, or, if it is as it should be, "
-            "index its shards again and train a new run"
-        )
+
+def check_place(shard: str | Path, header: bytes, offset: int, length: int) -> None:
+    """Raises UserError unless a block of a shard is the header of a file of this length, which begins at `offset`."""
+    with suppress(BadTar):
+        if len(header) == BLOCK and number(header[SIZE_FIELD]) == length:
+            return
+    raise changed(shard, f"has no image of {length} bytes at byte {offset}, as its table says")
+
+
+def changed(shard: str | Path, how: str) -> UserError:
+    return UserError(
+        f"{shard}: {how}: it was changed after it was indexed; copy it again, or, if it is as it should be, "
+        "index its shards again and train a new run"
+    )
 
 
 class LocalStore:
@@ -178,16 +186,18 @@ class RemoteStore:
         if whole is None:
             return self.local.read(shard, index)
         offset, length, label = self._table(shard).row(index)
-        data = self.cache.read(whole, offset, length)
+        place = offset - BLOCK, BLOCK + length  # with its header
+        data = self.cache.read(whole, *place)
         self.cache.counters.add(**{"misses" if data is None else "hits": 1})
         if data is None and self._may_range(whole, shard):
-            data = read_range(whole, offset, length, self.cache.counters)
+            data = read_range(whole, *place, self.cache.counters)
             self.ranged[shard] += 1
             self.has_ranges = data is not None
         while data is None:  # once, unless it is evicted between these two
             self.cache.ensure(whole)
-            data = self.cache.read(whole, offset, length)
-        return data, label
+            data = self.cache.read(whole, *place)
+        check_place(whole.place, data[:BLOCK], offset, length)
+        return data[BLOCK:], label
 
     def where(self, shard: int, index: int) -> str:
         """Where a sample lies, for a message about it."""

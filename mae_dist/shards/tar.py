@@ -20,6 +20,7 @@ FILES, DIRECTORIES, IGNORED = (b"0", b"\0", b"7"), (b"5", b"D"), (b"V",)  # D: G
 HARD_LINK, SYMBOLIC_LINK, DEVICES, SPARSE = b"1", b"2", (b"3", b"4", b"6"), b"S"
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
 LABELS = (".cls", ".json")
+LARGEST = 1 << 33  # bytes that a header's own digits cannot say any more
 KEPT = 64 << 20  # bytes of label files remembered for links to them
 
 
@@ -52,28 +53,41 @@ class Member(NamedTuple):
     """Why it has no bytes that can be read in place: a link to nowhere, a sparse file, a device."""
 
 
-class Digested:
-    """A stream that counts and hashes what is read from it."""
+class Counted:
+    """A stream that counts what is read from it."""
 
     def __init__(self, stream: Readable):
         self.stream, self.num_bytes = stream, 0
-        self.sha256, self.md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
 
     def read(self, count: int, /) -> bytes:
         """`count` bytes, fewer only at the end."""
         pieces, missing = [], count
         while missing and (piece := self.stream.read(min(missing, LONGEST_READ))):
-            self.sha256.update(piece)
-            self.md5.update(piece)
+            self.saw(piece)
             pieces.append(piece)
             missing -= len(piece)
         self.num_bytes += count - missing
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def skip(self, count: int, /) -> None:
-        """Past `count` bytes, fewer only at the end. They are hashed too."""
+        """Past `count` bytes, fewer only at the end. They are read too."""
         while count and (piece := self.read(min(count, READ_AHEAD))):
             count -= len(piece)
+
+    def saw(self, piece: bytes) -> None:
+        """Nothing, here."""
+
+
+class Digested(Counted):
+    """A stream that also hashes what is read from it."""
+
+    def __init__(self, stream: Readable):
+        super().__init__(stream)
+        self.sha256, self.md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+
+    def saw(self, piece: bytes) -> None:
+        self.sha256.update(piece)
+        self.md5.update(piece)
 
 
 class Section:
@@ -107,7 +121,7 @@ def members(stream: Stream, wanted: Callable[[str], bool] = lambda name: True) -
     kept = 0
     while header := next_header(stream, bool(extra)):
         at, kind = stream.num_bytes - BLOCK, header[156:157]
-        length = decimal(extra[b"size"]) if b"size" in extra else number(header[124:136])
+        length = size_in(header, extra, at)
         if kind in (LONG_NAME, LONG_LINK, PAX_GLOBAL, *PAX):
             extra |= extension(kind, whole(stream, number(header[124:136]), "an extension header"), at)
             continue
@@ -138,6 +152,15 @@ def members(stream: Stream, wanted: Callable[[str], bool] = lambda name: True) -
         is_label = found.data is not None and name.lower().endswith(LABELS) and kept + found.size <= KEPT
         kept += found.size if is_label else 0
         known[plain_path(name)] = found if is_label else found._replace(data=None)
+
+
+def size_in(header: bytes, extra: dict[bytes, bytes], at: int) -> int:
+    """Of the entry. Raises BadTar where an extension says another than the header, although it would fit there."""
+    own = number(header[124:136])
+    size = decimal(extra[b"size"]) if b"size" in extra else own
+    if size != own and size < LARGEST:
+        raise BadTar(f"damaged: two sizes, {own} and {size}, for the entry at byte {at}")
+    return size
 
 
 def next_header(stream: Stream, awaited: bool) -> bytes:

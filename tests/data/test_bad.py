@@ -155,6 +155,18 @@ def test_a_torn_line_stops_nothing(tmp_path):
         listed.check(20, 100)
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"where": "x\xff"}', b"3", b"[1]", b'{"a": 1}', b'{"where": 1}', b'{"where": "x", "position": "a"}']
+)
+def test_a_spoilt_line_stops_nothing(tmp_path, line):
+    (tmp_path / "bad_samples.jsonl").write_bytes(line + b"\n")
+    BadSamples(tmp_path, 1e-4).add(BadSample("shard: sample 1 (bytes 0 to 9)", "broken"), sample=1, position=1)
+    listed = BadSamples(tmp_path, 1e-4)
+    assert listed.count() == 1 + (b"\xff" in line)  # of that it is known that there was one
+    with pytest.raises(UserError, match="sample 1"):
+        listed.check(20, 100)
+
+
 def test_the_limit(tmp_path):
     assert BadSamples(tmp_path, 1e-4).allowed(10) == ALWAYS_ALLOWED
     assert BadSamples(tmp_path, 1e-4).allowed(10**6) == 100

@@ -1,17 +1,19 @@
 """`data.mode: webdataset`: batches of the same shape from shards that have no index, and no promise beyond that."""
 
 import hashlib
+import io
 import json
 import os
 import signal
 import tarfile
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
 from mae_dist.data import BadSamples, DataConfig, open_sources, resampled, ring
-from mae_dist.data.resampled import NOTICE, ResampledStream
+from mae_dist.data.resampled import NOTICE, Patience, ResampledStream, encoded_images
 from mae_dist.data.ring import WorkerDied
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
@@ -184,3 +186,25 @@ def test_mistakes_are_one_line_before_the_first_step(tmp_path, arguments, says):
     done = mae_dist("pretrain", *TINY, runs, "--train.global_batch_size=8", *arguments, check=False)
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_the_images_are_those_that_index_finds_and_what_is_left_out_is_said(images, tmp_path, capfd):
+    data = (images / "class_0" / "000.jpg").read_bytes()
+    link = tarfile.TarInfo("d.jpg")
+    link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.jpg", "b.5x.jpg", "c.7x.jpg", "d", "e.JPG", "f.gif"):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "d" else len(data)
+            tar.addfile(link if name == "d" else info, io.BytesIO(data))
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    urls = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    found = [(Path(e.shard).stem, e.key) for e in encoded_images(urls, Patience("x"), None)]
+    assert found[:4] == [("a", key) for key in ("a", "e", "b.5x", "c.7x")]
+    said = capfd.readouterr().err
+    assert f"{urls[0]}: left out: 1 links to images before them (mode exact follows them), such as d.jpg" in said
+    assert "f.gif" in said and said.count("f.gif") == 1 and "data behind the end of the archive" in said
+
+
+def test_a_pattern_may_be_no_utf8():
+    assert resampled.ResampledSource(DataConfig(shards="/caf\udce9/a.tar", mode="webdataset"), 3).digest

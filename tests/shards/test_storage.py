@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from mae_dist.data.source import ShardSource
 from mae_dist.errors import Unreadable, UserError
 from mae_dist.shards import Manifest, encoded, remote, tar
 from mae_dist.shards import parquet as parquets
+from mae_dist.shards.cache import Cache
 from mae_dist.shards.estimate import estimate
 from mae_dist.shards.index import index
-from mae_dist.shards.store import LocalStore
+from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 from mae_dist.shards.verify import verify
 from mae_dist.shards.write import make_recipe, shard
 from tests.conftest import write_images
@@ -174,3 +176,34 @@ def test_a_parquet_file_that_is_cut_short_while_it_is_read_is_no_fatal_signal(tm
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Error" in done.stderr.splitlines()[-1]
+
+
+def test_a_remote_shard_that_was_replaced_is_an_error_and_no_other_image(tmp_path):
+    """By ranges as out of the cache, where the manifest has no checksum of the whole."""
+    made = shard(write_images(tmp_path / "in", classes=1, each=2), tmp_path / "out")
+    assert made
+    place = made.tar_path(0)
+    manifest = index([f"file://{place}"], tmp_path / "made").manifest
+    store = open_store(manifest, Cache(tmp_path / "cache"))
+    assert isinstance(store, RemoteStore) and store.read(0, 0) == LocalStore(made).read(0, 0)
+    place.write_bytes(bytes(512) + place.read_bytes()[:-512])
+    with pytest.raises(UserError, match=r"train-00000\.tar: has no image of \d+ bytes at byte 512, as its table says"):
+        store.read(0, 0)
+
+
+@pytest.mark.parametrize("pax", [False, True])
+def test_index_takes_no_size_that_reading_refuses(tmp_path, pax):
+    data = (write_images(tmp_path / "in", classes=1, each=1) / "class_0" / "000.jpg").read_bytes()
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.pax_headers = len(data), {"size": str(len(data))} if pax else {}
+    whole = info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512 + 1024)
+    at = len(whole) - 1024 - (len(data) + -len(data) % 512) - 512
+    header = bytearray(whole[at : at + 512])
+    header[124:136] = b"%011o\0" % 0 if pax else b"\x80" + len(data).to_bytes(11)
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    (tmp_path / "a.tar").write_bytes(whole[:at] + header + whole[at + 512 :])
+    if pax:
+        with pytest.raises(UserError, match="two sizes, 0 and"):
+            index([str(tmp_path / "a.tar")])
+    else:
+        assert LocalStore(index([str(tmp_path / "a.tar")]).manifest).read(0, 0) == (data, -1)
