@@ -9,8 +9,8 @@ import re
 MASK = "***"
 _QUOTED = r"""(?:"[^"]*"|'[^']*'|[^\s"'&;,|]+)"""
 _SECRET_NAME = (
-    r"(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?<!mask_)token|(?:api|account|access|secret|private)[_-]?key|"
-    r"signature|credentials?)|sig)"
+    r"(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|(?<!mask_)token|(?:api|account|access|secret|private|storage)[_-]?key|"
+    r"signature|credentials?)|(?:[\w.-]*[_-])?(?:pass|pwd|auth|sas)|sig)"
 )
 _RULES = [
     (
@@ -18,15 +18,25 @@ _RULES = [
         rf"\1:{MASK}@",
     ),  # user:password@
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)(?![^\s/?#@'\"]*:\*\*\*@)[^\s/?#@:'\"]+@(?=[^\s@])", re.I), rf"\1{MASK}@"),
-    (re.compile(r"(authorization\s*[:=](?:\\?\s)*(?:(?:bearer|basic|token)\\?\s+)?)[^\s\"']+", re.I), rf"\1{MASK}"),
+    (
+        re.compile(r"(([\"'])[\w-]*(?:authorization|cookie):\s*(?:(?:bearer|basic|token)\s+)?)(?:(?!\2).)+", re.I),
+        rf"\1{MASK}",
+    ),  # a header, to the end of its quotes
+    (
+        re.compile(
+            r"(authorization\s*[:=](?:\\?\s)*(?:(?:bearer|basic|token)\\?\s+)?)(?:[\w-]+\\?\s+)?[^\s\"']+", re.I
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(r"(\bcookie:\s*)[^'\"\n]+", re.I), rf"\1{MASK}"),
     (re.compile(r"(\bbearer\s+)[\w.~+/=-]+", re.I), rf"\1{MASK}"),
     (re.compile(rf"(\b{_SECRET_NAME}=)(?!\*\*\*){_QUOTED}", re.I), rf"\1{MASK}"),  # TOKEN=...
-    (re.compile(r"(\b(?:x-[\w-]+|[\w-]*-(?:key|token)|cookie):\s*)[^\s'\"]+", re.I), rf"\1{MASK}"),  # headers
+    (re.compile(r"(\b(?:x-[\w-]+|[\w-]*-(?:key|token)):\s*)[^\s'\"]+", re.I), rf"\1{MASK}"),  # headers
     (re.compile(rf"(--?{_SECRET_NAME}\s+)(?![-*]){_QUOTED}", re.I), rf"\1{MASK}"),  # --password ...
     (re.compile(rf"([\"']{_SECRET_NAME}[\"']\s*:\s*)(?!\*\*\*){_QUOTED}", re.I), rf"\1{MASK}"),  # "token": "..."
     (
         re.compile(
-            r"((?:^|\s)(?:-[uU]\s*|--(?:proxy-)?user[\s=]+)(?:(['\"])[^:'\"]+|[^\s:'\"]+):)(?!//)"
+            r"((?:^|\s)(?:-[uU]\s*|--(?:proxy-)?user[\s=]+)(?:(['\"])[^:'\"]+|[^\s:,%'\"]+)[:,%])(?!//)"
             r"(?(2)[^'\"]+|[^\s'\"]+)"
         ),
         rf"\1{MASK}",

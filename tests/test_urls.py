@@ -26,6 +26,18 @@ WITH = (
     "pipe:sshpass -p {} ssh host cat a.tar",
     "pipe:openssl enc -d -pass pass:{} -in a.tar",
     "pipe:gpg --passphrase {} -d a.tar",
+    "pipe:curl -H 'Authorization: ApiKey {}' https://host/a.tar",
+    'pipe:curl -H \'Authorization: Digest username="me", response="{}"\' https://host/a.tar',
+    "Authorization: Digest {}",
+    "pipe:curl -H 'Cookie: a=b; session={}' https://host/a.tar",
+    "Cookie: a=b; session={}",
+    "pipe:rclone cat --sftp-pass={} r:a.tar",
+    "pipe:curl --key k.pem --pass {} https://host/a.tar",
+    "pipe:PASS={} fetch a.tar",
+    "pipe:AZURE_STORAGE_KEY={} az storage blob download",
+    "pipe:lftp -u me,{} host",
+    "pipe:smbclient -U me%{} //host/a",
+    "sas={}",
     "AccountName=a;AccountKey={};EndpointSuffix=core.windows.net",
     "{'aws_secret_access_key': '{}'}",
     'pipe:curl -d \'{"token": "{}"}\' https://host',
@@ -38,6 +50,7 @@ WITHOUT = (
     "s3://bucket/train-{0000..1023}.tar", "/data/a b/c@d.tar", "pipe:cat /data/a.tar", "https://host:80/a@b.tar", "https://h/a@b",
     "optim.lr: 3e-4", "mask_token: missing", "spike_sigma=6", "sqlite:////runs/a/mlflow.db", "/data/x?/*.tar",
     "https://h/a.tar?download", "pipe:tar -b 20 -xO a.tar", "pipe:curl -url=https://h/a.tar", "cls_token: 768 numbers",
+    "bypass=1", "author=me", "pipe:sort -u /data/a.txt", "pipe:rsync -a host:/a.tar -",
 )  # fmt: skip
 
 
