@@ -84,7 +84,7 @@ def listed(value: Text | list[Text]) -> list[Text]:
         return value
     try:
         node = yaml.compose(value.text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ValueError from None
     return texts(node)
 
@@ -121,7 +121,7 @@ def read_file(path: Path) -> Iterator[Written]:
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not YAML: {error.reason} at byte {error.start}; save it as UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if root is None:
         raise UserError(f"{path}: empty; write {EXAMPLE}, or leave --config out")

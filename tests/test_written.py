@@ -35,6 +35,7 @@ def refused(*arguments: str, kind: type = Config, prog: str = "mae-dist pretrain
         ("", "empty; write sections such as train:"),
         ("# nothing\n\n", "empty; write sections"),
         ("---\n---\n", "not YAML"),
+        ("a: " + "[" * 3000, "not YAML"),
         ("train:\ndata: {workers: 1}\n", "line 1: train: is a section; write its keys indented below it"),
         ("train: {}\n", "line 1: train: empty"),
         ("train: null\n", "line 1: train: is a section"),

@@ -6,6 +6,7 @@ batch together. A task is one number in a pipe that all workers read; done, the 
 hand out eight bytes at once or none, and these never fill up: a killed worker leaves no half message and no lock.
 """
 
+import fcntl
 import mmap
 import os
 import select
@@ -30,7 +31,6 @@ from mae_dist.launched import leave_signals_to_parent
 TASK = 8  # images
 AHEAD = 3  # batches being made or ready
 HELD = 3  # batches that the reader may keep in place; of further ones it gets copies
-MAX_TASKS = 4096  # of all slots: half of what a pipe of 64 KiB holds
 NUMBER = struct.Struct("q")
 TEXT = 8192  # bytes for the words of a worker that failed
 PATIENCE = 200  # milliseconds between looks whether the other side lives
@@ -85,7 +85,9 @@ class Ring:
         self.fill = fill
         self.ahead = batches_ahead(workers, batch)
         slots = self.ahead + HELD
-        self.task = -(-max(TASK, -(-slots * batch // MAX_TASKS)) // together) * together
+        (self.tasks, self.new), (self.done, self.made) = os.pipe(), os.pipe()
+        most = min(fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) for pipe in (self.new, self.made)) // NUMBER.size // 2
+        self.task = -(-max(TASK, -(-slots * batch // most)) // together) * together
         self.pieces = -(-batch // self.task)
         rows, pixels = (-(-size // PAGE) * PAGE for size in (batch * columns * 8, batch * int(np.prod(shape))))
         first = -(-(slots * 8 + workers * (8 + TEXT)) // PAGE) * PAGE
@@ -101,7 +103,6 @@ class Ring:
         self.since = 0.0  # when the trainer began to wait; 0: it does not
         self.free, self.held = deque(range(slots)), set()
         self.undone = [0] * slots  # tasks
-        (self.tasks, self.new), (self.done, self.made) = os.pipe(), os.pipe()
         os.set_blocking(self.tasks, False)  # several workers wake for one task
         self.trainer = os.getpid()
         self.workers = dict(enumerate(self._start(worker) for worker in range(workers)))  # number: process id
@@ -142,7 +143,7 @@ class Ring:
         while True:
             ready = poll.poll(PATIENCE if self.undone[slot] else 0)
             self.since = time.monotonic() if ready else self.since
-            for (number,) in NUMBER.iter_unpack(os.read(self.done, 8 * MAX_TASKS) if ready else b""):
+            for (number,) in NUMBER.iter_unpack(os.read(self.done, 1 << 15) if ready else b""):
                 if number < 0:
                     self._raise(-number - 1)
                 self.undone[number // self.pieces] -= 1
@@ -222,6 +223,7 @@ class Ring:
     def _work(self, worker: int) -> None:
         """A worker's life. The signals that a scheduler sends to every process are the trainer's to act on."""
         leave_signals_to_parent()
+        os.close(self.done)  # so that no write waits for a trainer that is gone
         torch.set_num_threads(1)
         poll = select.poll()
         poll.register(self.tasks, select.POLLIN)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 from mae_dist.errors import UserError
 from mae_dist.shards import remote
@@ -172,7 +173,7 @@ class Cache:
     @contextmanager
     def needs(self) -> Iterator["Needs"]:
         """A list, kept while this process lives, of the shards that stay."""
-        path = self.directory / f"{os.getpid()}.needs"
+        path = self.directory / f"{uuid4().hex}.needs"  # processes of several containers have the same number
         with locked(path) as file:
             try:
                 yield Needs(self, file)

@@ -112,10 +112,11 @@ class Download:
             data = persist(ask, self.wanted.place, self.counters)
             if len(data) > end - self.done:  # a server without ranges sends everything, whatever is asked
                 self._restart()
-                end = size
+                return self._stream()
             if self.done + len(data) != min(end, size):
                 raise WrongContent(self._size_message(self.done + len(data)))
             self._add(data)
+        return None
 
     def _stream(self) -> None:
         with remote.open_stream(self.wanted.place) as stream:

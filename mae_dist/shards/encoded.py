@@ -31,7 +31,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 NOT_FOR_STRICT = re.compile("subsampling|Unsupported color conversion")  # the strict decoder cannot say, so PIL does
 TRANSFORMS = {1: (0,), 3: (0, 1), 4: (0, 2)}  # of an Adobe segment, by components; libjpeg takes others for the last
 SEQUENTIAL = (0xC0, 0xC1, 0xC9)
-SCAN, COMMENT = 0xDA, 0xFE
+SCAN, COMMENT, END = 0xDA, 0xFE, 0xD9
 LOSSLESS = b"\xff\xc3"
 UNSIGNED = 1  # TIFF's SampleFormat
 SAVE_AGAIN = "save it with 8 or 16 bits, unsigned, as PNG"
@@ -93,7 +93,7 @@ def refuse_size(width: int, height: int, num_bytes: int, max_pixels: int = MAX_P
 def check_jpeg(data: bytes, width: int, height: int, components: int) -> None:
     """Decode all of a JPEG strictly, at 1/8. Raises ValueError with the decoder's words when it is damaged."""
     scans = data.count(bytes((0xFF, SCAN)))
-    if scans * width * height > SCANNED_PIXELS:
+    if scans * width * height > SCANNED_PIXELS and (scans := scans_in(data)) * width * height > SCANNED_PIXELS:
         raise ValueError(f"claims {scans} scans of {width} x {height} pixels: no picture has so many")
     try:
         _decode_strictly(data, width, height)
@@ -102,6 +102,16 @@ def check_jpeg(data: bytes, width: int, height: int, components: int) -> None:
         if mended == data:
             raise
         _decode_strictly(mended, width, height)
+
+
+def scans_in(data: bytes) -> int:
+    """Of a JPEG up to its end; phones put a film behind that."""
+    at, scans = 2, 0
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1 and (marker := data[at + 1]) != END:
+        scans += marker == SCAN
+        has_length = 0xC0 <= marker < 0xFF and not 0xD0 <= marker < 0xD9
+        at += 2 + int.from_bytes(data[at + 2 : at + 4]) if has_length else 1
+    return scans
 
 
 def can_be_scaled(data: bytes) -> bool:

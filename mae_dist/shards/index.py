@@ -28,7 +28,7 @@ from mae_dist.shards.processes import in_order
 from mae_dist.shards.progress import Progress
 from mae_dist.shards.samples import SUFFIXES, samples
 from mae_dist.shards.sources import stamp_of
-from mae_dist.shards.tar import BadTar, Digested, members
+from mae_dist.shards.tar import LABELS, BadTar, Digested, members
 from mae_dist.shards.trust import check_names
 from mae_dist.shards.web import NotAFile
 from mae_dist.urls import masked, secret_in, without_login
@@ -53,7 +53,7 @@ def scan(place: str) -> Scan:
     rows, notes = [], Notes()
     with remote.open_stream(place) as stream:
         digested = Digested(stream)
-        for sample in samples(members(digested), notes):
+        for sample in samples(members(digested, lambda name: name.lower().endswith(LABELS)), notes):
             if sample.image and not sample.image.size:
                 notes.add(EMPTY, sample.image.name)
             elif sample.image:

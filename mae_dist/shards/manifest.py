@@ -277,6 +277,7 @@ def check_table(content: bytes, shard: Shard) -> NDArray[np.int64]:
         not isinstance(table, np.ndarray)
         or table.dtype != np.int64
         or table.shape != (shard.count, 3)
+        or not table.flags.c_contiguous
         or len(content) != TABLE_HEADER + table.nbytes
     ):
         raise ValueError(f"damaged, or of other shards: not {shard.count} rows of offset, length and label")
@@ -323,6 +324,8 @@ def check_listing(listing: Any) -> None:
     for n, entry in enumerate(shards):
         if what := wrong_in(entry, known, version):
             raise ValueError(f"shard {n}: {what}")
+    if not any(entry["count"] for entry in shards):
+        raise ValueError("no sample in any shard")
     names = {entry["name"] for entry in shards}
     if len(names) < len(shards):
         raise ValueError("a shard is listed twice")

@@ -90,7 +90,11 @@ def open_file(path: str | Path) -> Any:
     Raises UserError when it is none, OSError when the system cannot read it.
     """
     with said(path):
-        return pq.ParquetFile(path, memory_map=False)
+        file = pq.ParquetFile(path, memory_map=False)
+        names = file.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{path}: holds two columns called {twice}; write it again with one")
+        return file
 
 
 @contextmanager
@@ -99,7 +103,7 @@ def said(path: str | Path) -> Iterator[None]:
     try:
         with naming(Path(path)):
             yield
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise
         raise UserError(f"{path}: not a parquet file ({' '.join(str(error).split())}); download it again") from error

@@ -159,6 +159,10 @@ class Plan:
             content = json.loads((directory / "plan.json").read_text())
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise UserError(
+                f"{directory / 'plan.json'}: damaged ({error}); remove {directory.parent} to begin anew"
+            ) from error
         recipe = content.pop("recipe")
         recipe["conversion"] = Conversion(**recipe["conversion"])
         notes = Notes(content.pop("notes", {}))

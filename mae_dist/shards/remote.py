@@ -51,7 +51,7 @@ def open_stream(place: str) -> IO[bytes]:
 def read_range(place: str, start: int, end: int) -> bytes:
     """Bytes [start, end) without reading what lies before. Raises what clients do, often OSError.
 
-    A `pipe:` has no ranges; of a server without any the whole file comes: look at the length.
+    A `pipe:` has no ranges; of a server without any more bytes come, the file's first: look at the length.
     """
     if place.startswith(PIPE):
         raise OSError(f"{masked(place)}: a command has no ranges to read")

@@ -21,6 +21,7 @@ HARD_LINK, SYMBOLIC_LINK, DEVICES, SPARSE = b"1", b"2", (b"3", b"4", b"6"), b"S"
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
 LABELS = (".cls", ".json")
 LARGEST = 1 << 33  # bytes that a header's own digits cannot say any more
+LONGEST_HEADER = 1 << 20  # bytes
 KEPT = 64 << 20  # bytes of label files remembered for links to them
 
 
@@ -123,7 +124,9 @@ def members(stream: Stream, wanted: Callable[[str], bool] = lambda name: True) -
         at, kind = stream.num_bytes - BLOCK, header[156:157]
         length = size_in(header, extra, at)
         if kind in (LONG_NAME, LONG_LINK, PAX_GLOBAL, *PAX):
-            extra |= extension(kind, whole(stream, number(header[124:136]), "an extension header"), at)
+            if (said := number(header[124:136])) > LONGEST_HEADER:
+                raise BadTar(f"damaged: an extension header of {said} bytes at byte {at}")
+            extra |= extension(kind, whole(stream, said, "an extension header"), at)
             continue
         name = text(extra.get(b"GNU.sparse.name", extra.get(b"path", b""))) or own_name(header)
         link = text(extra.get(b"linkpath", header[157:257]))

@@ -36,8 +36,11 @@ def outside(name: str, manifest: str) -> str:
     if not remote.is_remote(name):
         path = PurePosixPath(name)
         return "a path outside" if path.is_absolute() or ".." in path.parts or not path.parts else ""
-    there, here = urlsplit(name), urlsplit(manifest)
+    try:
+        there, here = urlsplit(name), urlsplit(manifest)
+        same = (there.scheme, there.hostname, there.port) == (here.scheme, here.hostname, here.port)
+    except ValueError:
+        return "an address that is none"
     if there.scheme in ("file", "local") or ".." in PurePosixPath(there.path).parts:
         return "a path outside"
-    same = (there.scheme, there.hostname, there.port) == (here.scheme, here.hostname, here.port)
     return "" if same else "another server"

@@ -40,7 +40,7 @@ def open_stream(url: str, silence: float) -> IO[bytes]:
 
 
 def read_range(url: str, start: int, end: int, silence: float) -> bytes:
-    """Bytes [start, end), or the whole file from a server without ranges.
+    """Bytes [start, end), or more, from its beginning, of the file on a server without ranges.
 
     Raises FileNotFoundError (404), PermissionError (401, 403), HTTPError for another refusal, NotAFile for a web page
     or compressed bytes.
@@ -51,7 +51,10 @@ def read_range(url: str, start: int, end: int, silence: float) -> bytes:
         async with await _ask(system, url, f"bytes={start}-{end - 1}") as response:
             if response.status == PAST_THE_END:
                 return b""
-            data = await response.read()
+            data, most = bytearray(), end - start + (response.status != 206)
+            while len(data) < most and (piece := await response.content.read(most - len(data))):
+                data += piece
+            data = bytes(data)
             _check_content(response, data)
             return data
 

@@ -321,8 +321,9 @@ def write_list(path: Path, lines: Sequence[str]) -> None:
 
 def summary(out: str | Path) -> str:
     """What became of all that IMAGES holds, in one line. `out`: complete, of this version."""
-    counts = json.loads(read_if_there(str(out), COUNTS_NAME) or "{}")
-    if not counts:
+    try:
+        counts = json.loads(read_if_there(str(out), COUNTS_NAME))
+    except ValueError:  # not there, or damaged: it tells people only
         return ""
     stored, bad = counts["stored"], counts["bad"]
     named = f" + {bad} bad, listed in {BAD_NAME}" if bad else ""

@@ -1,5 +1,6 @@
 """The ring: order, whatever workers do; a name for each death; no batch written over; nobody left behind."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -193,3 +194,20 @@ time.sleep(600)
     while any(map(alive, pids)):
         assert time.monotonic() < deadline, "workers outlived their trainer"
         time.sleep(0.05)
+
+
+def test_small_pipes_hold_all_tasks(monkeypatch):
+    """A kernel gives pipes of a page to a user who has many."""
+    real = os.pipe
+
+    def small():
+        ends = real()
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 4096)
+        return ends
+
+    monkeypatch.setattr(os, "pipe", small)
+    made = Ring(fill, 1, 8192, 2, SHAPE, pin=False)
+    try:
+        assert made.pieces * len(made.tables) <= 4096 // 8
+    finally:
+        made.close()

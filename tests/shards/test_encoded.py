@@ -316,3 +316,13 @@ def test_images_are_opened_in_one_place():
     words = ("Image.open(", "LOAD_TRUNCATED_IMAGES", "ImageFile.Parser")
     found = {(path.name, word) for path in package.rglob("*.py") for word in words if word in path.read_text()}
     assert found == {("encoded.py", "Image.open(")}
+
+
+def test_a_film_behind_a_jpeg_is_none_of_its_scans():
+    """Motion photos. In front of the end a scan counts, also behind bytes that libjpeg passes over."""
+    out = io.BytesIO()
+    Image.new("L", (6000, 4000), 90).save(out, "JPEG")
+    photo = out.getvalue()
+    open_image(photo + b"\xff\xda" * 300).close()
+    with pytest.raises(ValueError, match="claims 301 scans"):
+        open_image(photo[:-2] + b"\xff\xda\0\2" * 300 + photo[-2:])

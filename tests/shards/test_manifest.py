@@ -1,11 +1,15 @@
 """A manifest notices what happened to its shards before any training does."""
 
+import io
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mae_dist.errors import UserError
 from mae_dist.shards import Manifest
+from mae_dist.shards.manifest import check_table
 
 
 @pytest.fixture
@@ -51,3 +55,15 @@ def test_splitting_holds_out_the_last_shards(copy):
     for wrong in (0, 5, -1):
         with pytest.raises(UserError, match=r"data.val_shards"):
             manifest.split(wrong)
+
+
+def test_a_table_in_the_order_of_columns_is_damaged_and_a_manifest_has_samples(shards):
+    """Rows are read one by one, as they lie."""
+    manifest = Manifest.load(shards)
+    content = io.BytesIO()
+    np.save(content, np.asfortranarray(manifest.table(0)))
+    with pytest.raises(ValueError, match="not 10 rows"):
+        check_table(content.getvalue(), replace(manifest.shards[0], index_sha256=""))
+    empty = Manifest(shards, [replace(shard, count=0) for shard in manifest.shards])
+    with pytest.raises(UserError, match="no sample in any shard"):
+        Manifest.parse(empty.text(), shards, "m")

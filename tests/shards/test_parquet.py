@@ -164,3 +164,10 @@ def test_columns_are_for_parquet_files(tmp_path, images):
         shard(path, tmp_path / "out", label_column="x")
     with pytest.raises(UserError, match=r"no column x with bytes in it .*; write --image-column image"):
         shard(path, tmp_path / "out", image_column="x")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    arrays = [pa.array([cell["bytes"] for cell in IMAGES])] * 2
+    pq.write_table(pa.Table.from_arrays(arrays, ["image", "image"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="two columns called image"):
+        shard(tmp_path / "a.parquet", tmp_path / "out")

@@ -26,6 +26,7 @@ from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 from mae_dist.shards.verify import verify
 from mae_dist.shards.write import make_recipe, shard
 from tests.conftest import write_images
+from tests.shards.servers import HTTPServer
 
 
 def fifo(path: Path) -> Path:
@@ -207,3 +208,25 @@ def test_index_takes_no_size_that_reading_refuses(tmp_path, pax):
             index([str(tmp_path / "a.tar")])
     else:
         assert LocalStore(index([str(tmp_path / "a.tar")]).manifest).read(0, 0) == (data, -1)
+
+
+def test_a_server_without_ranges_sends_no_more_than_was_asked_for(tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(range(256)) * (1 << 16))
+    server = HTTPServer(tmp_path, ranges=False)
+    assert remote.read_range(f"{server.url}/a.tar", 300, 388) == bytes(range(89))
+    server.stop()
+
+
+def test_index_keeps_no_bytes_of_images_and_an_extension_header_has_a_limit(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", classes=1, each=1)
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.pax_headers = (tmp_path / "in/class_0/000.jpg").stat().st_size, {"comment": "x" * (1 << 20)}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, (tmp_path / "in/class_0/000.jpg").open("rb"))
+    with pytest.raises(UserError, match="an extension header of 10485"):
+        index([str(tmp_path / "a.tar")])
+    monkeypatch.setattr(tar, "LONGEST_HEADER", 1 << 21)
+    read, real = [], tar.whole
+    monkeypatch.setattr(tar, "whole", lambda stream, length, name: (read.append(name), real(stream, length, name))[1])
+    assert index([str(tmp_path / "a.tar")]).manifest.num_samples == 1
+    assert read == ["an extension header"]

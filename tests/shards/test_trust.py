@@ -16,6 +16,7 @@ from mae_dist.shards.index import index
 from mae_dist.shards.manifest import check_table, table_bytes
 from mae_dist.shards.mirror import load_manifest
 from mae_dist.shards.store import LocalStore
+from mae_dist.shards.trust import check_names
 
 TABLE = "train-00002.idx.npy"
 
@@ -237,3 +238,9 @@ def test_links_in_a_tar_may_be_two_samples_of_the_same_bytes(copy):
     rows[3, 1] -= 1
     with pytest.raises(ValueError, match="over each other"):
         check_table(table_bytes(rows), replace(shard, index_sha256=""))
+
+
+@pytest.mark.parametrize("name", ["http://h:99999999/x.tar", "http://[abc/x.tar"])
+def test_an_address_that_is_none_is_refused_by_name(name):
+    with pytest.raises(UserError, match="names an address that is none: http"):
+        check_names([name], "http://h/m", fetched=True)
