@@ -164,7 +164,10 @@ def already_done(aside: Path, plan: Plan, out: str) -> dict[int, Done]:
         path = done_path(aside, plan, shard)
         if path.name not in recorded:
             continue
-        done = Done.load(path)
+        try:
+            done = Done.load(path)
+        except (ValueError, KeyError, TypeError):  # damaged: the shard is made again
+            continue
         tar = done.shard
         files = {tar.name: tar.num_bytes, index_name(tar.name): TABLE_HEADER + ROW_BYTES * tar.count} if tar else {}
         if files.items() <= there.items():

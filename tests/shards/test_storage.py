@@ -24,7 +24,7 @@ from mae_dist.shards.estimate import estimate
 from mae_dist.shards.index import index
 from mae_dist.shards.store import LocalStore, RemoteStore, open_store
 from mae_dist.shards.verify import verify
-from mae_dist.shards.write import make_recipe, shard
+from mae_dist.shards.write import make_recipe, shard, summary
 from tests.conftest import write_images
 from tests.shards.servers import HTTPServer
 
@@ -230,3 +230,18 @@ def test_index_keeps_no_bytes_of_images_and_an_extension_header_has_a_limit(tmp_
     monkeypatch.setattr(tar, "whole", lambda stream, length, name: (read.append(name), real(stream, length, name))[1])
     assert index([str(tmp_path / "a.tar")]).manifest.num_samples == 1
     assert read == ["an extension header"]
+
+
+def test_of_a_start_that_was_killed_damaged_records_are_made_again_and_a_damaged_plan_is_named(tmp_path):
+    images, out = write_images(tmp_path / "in", classes=2, each=3), tmp_path / "out"
+    shard(images, out, shard_size=2, part=(0, 2))
+    plan = tmp_path / "out.partial" / "plan"
+    (plan / "train-00000.done").write_text('{"shard": {"na')
+    whole = (plan / "plan.json").read_text()
+    (plan / "plan.json").write_text(whole[:-9])
+    with pytest.raises(UserError, match=r"plan\.json: damaged .*remove .*out\.partial to begin anew"):
+        shard(images, out, shard_size=2)
+    (plan / "plan.json").write_text(whole)
+    assert shard(images, out, shard_size=2).num_samples == 6  # type: ignore[union-attr]
+    (out / "counts.json").write_text("{")
+    assert summary(out) == ""
