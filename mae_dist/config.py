@@ -135,8 +135,9 @@ def load(
     if file := environ.get(CONFIG_VARIABLE):
         files.insert(0, file)
     values: dict[str, Any] = dict(flat(kind()))
-    without = {key: values[key] for key in MANUALS[prog].unused}
     values |= defaults or {}
+    unused = MANUALS[prog].unused
+    without = {key: value for key, value in values.items() if key in unused or key.split(".")[0] in unused}
     values |= checked(variables(environ, kind), kind)
     brought = ""  # by which file data.shards was
     for file in files:
@@ -156,9 +157,8 @@ def load(
             f"{brought}: data.shards: is a command: {values['data.shards']}; if you trust whoever wrote this file, "
             f"write --{ALLOW} true, or --data.shards yourself"
         )
-    for key, value in without.items():
-        if values[key] != value:
-            raise UserError(f"{key}: {values[key]}: is for pretraining, not for {prog}; leave it out")
+    if idle := [f"{key}: {values[key]}" for key, value in without.items() if values[key] != value]:
+        raise UserError(f"{', '.join(idle)}: without effect in {prog}; leave {'it' if len(idle) == 1 else 'them'} out")
     config = with_values(kind(), values)
     if "--print_config" in flags:
         print(to_yaml(config), end="")

@@ -31,7 +31,7 @@ class Manual:
     short: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Short options and what they mean."""
     unused: tuple[str, ...] = ()
-    """Keys of its config that only pretraining has a use for."""
+    """Keys and sections of its config that other commands have a use for; in their place are the defaults."""
 
     def text(self, kind: type, defaults: Mapping[str, Any]) -> str:
         """The whole help. `defaults`: values of keys that win over the dataclasses' own."""
@@ -49,6 +49,8 @@ class Manual:
                 keys[key] = option(f"--{key} {shown(value)}", f"{meaning}{choices(hint, meaning)}")
         lines += ["", "most used, with their defaults:", *(line for key in self.first for line in keys[key])]
         for f in dataclasses.fields(kind):
+            if f.name in self.unused:
+                continue
             of = type(getattr(kind(), f.name))
             rest = [key for key in keys if key.split(".")[0] == f.name and key not in (*self.first, *self.unused)]
             lines += ["", f"{f.name}: {documented(of)[0]}", *(line for key in rest for line in keys[key])]
@@ -163,4 +165,17 @@ examples:
     {"--sweep": "Many learning rates and decays at once, on features of centred crops (section sweep).", **SHORT},
     UNUSED,
 )
-MANUALS = {"mae-dist pretrain": PRETRAIN, "mae-dist finetune": FINETUNE, "mae-dist linear": LINEAR}
+SWEEP = dataclasses.replace(
+    LINEAR,
+    first=(*(key for key in FIRST if key not in ("train.micro_batch_size", "optim.blr")), "sweep.blrs"),
+    unused=(
+        *UNUSED, "labels.seed", "data.crop_scale", "data.crop_ratio", "data.crop_clip", "data.flip",
+        "data.lanes", "data.window", "optim.blr", "optim.weight_decay", "engine", "train.name", "train.seed",
+        "train.micro_batch_size", "train.log_every", "train.eval_every", "train.save_every", "train.save_minutes",
+        "train.keep_checkpoints", "train.keep_every", "train.max_skipped", "train.timeout", "train.accept_changes",
+    ),
+)  # fmt: skip
+MANUALS = {
+    "mae-dist pretrain": PRETRAIN, "mae-dist finetune": FINETUNE, "mae-dist linear": LINEAR,
+    "mae-dist linear --sweep": SWEEP,
+}  # fmt: skip

@@ -77,7 +77,9 @@ class LinearProbe(Learner):
 def linear(arguments: Sequence[str]) -> int:
     """`mae-dist linear RUN ...` on all the processes of this world; with --sweep many at once."""
     rest = [word for word in arguments if word != "--sweep"]
-    pretrained, config = load(LinearConfig, "linear", rest, batch=16384, epochs=90)
+    pretrained, config = load(
+        LinearConfig, "linear --sweep" if len(rest) < len(arguments) else "linear", rest, batch=16384, epochs=90
+    )
     if len(rest) < len(arguments):
         if config.optim.lr is not None:
             raise UserError(f"optim.lr: {config.optim.lr}, but --sweep tries the rates of sweep.blrs; leave it out")

@@ -195,6 +195,9 @@ class LinearConfig:
         """Raise UserError for everything that is wrong whatever the machine."""
         check_common(self, in_chans)
         self.sweep.check()
+        if self.network.init == "none" and self.sweep.kinds not in (SweepConfig.kinds, ("untrained",)):
+            kinds = ", ".join(self.sweep.kinds)
+            raise UserError(f"sweep.kinds: {kinds}, but network.init none asks for untrained; leave one of them out")
         if self.train.global_batch_size < 2:
             raise UserError("train.global_batch_size: 1: the probe's BatchNorm needs two images or more; write 2")
 

@@ -168,7 +168,7 @@ def handlers():
         (["finetune", "RUN", "--optim.layer_deacy=1"], "did you mean optim.layer_decay?"),
         (["finetune", "RUN", "--train.global_batch_size=9"], "even"),
         (["finetune", "RUN", "--per-class=100"], "class 0 has only"),
-        (["linear", "RUN", "--train.knn_every=1"], "is for pretraining"),
+        (["linear", "RUN", "--train.knn_every=1"], "train.knn_every: 1.0: without effect in mae-dist linear"),
         (["linear", "RUN", "--sweep.held_out=0.5"], "sweep: set, but this is no sweep"),
         (["linear", "RUN", "--sweep", "--optim.lr=0.5"], "optim.lr: 0.5, but --sweep tries"),
         (["finetune", "RUN", "--per-class=2", "--fraction=0.5"], "leave one of them out"),

@@ -99,3 +99,19 @@ def test_commands_of_pretraining_runs_name_what_is_none(run, shards, tmp_path):
 def test_a_rand_augment_that_timm_does_not_know_whole_is_refused(run, spec):
     with pytest.raises(UserError, match=f"augment.rand_augment: {spec}: not one of timm's; write rand-m9"):
         COMMANDS["finetune"]([str(run), *SHORT, f"--augment.rand_augment={spec}"])
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (["--optim.blr=77", "--train.seed=3"], "optim.blr: 77.0, train.seed: 3: without effect in .* --sweep; leave"),
+        (["--optim.weight_decay=0.3"], "optim.weight_decay: 0.3: without"),
+        (["--labels.seed=1"], "labels.seed: 1: without"),
+        (["--train.name=x", "--train.save_every=7", "--data.flip=0.2"], "data.flip: 0.2, train.name: x, train.save_"),
+        (["--data.crop_scale=[0.5,1]", "--train.accept_changes=true"], "data.crop_scale: .*, train.accept_changes: T"),
+        (["--network.init=none", "--sweep.kinds=[pixels]"], "sweep.kinds: pixels, but network.init none asks for"),
+    ],
+)
+def test_what_has_no_effect_in_a_sweep_is_refused(run, told, says):
+    with pytest.raises(UserError, match=says):
+        COMMANDS["linear"]([str(run), "--sweep", *told])
