@@ -68,10 +68,13 @@ class Board:
         return self.logs / f"rank-{rank}.beat"
 
     def write(self, step: int, phase: str, seconds: float = 0.0, late: str = "") -> None:
-        said = masked(phase)[: SIZE // 2], round(seconds, 1), late[: SIZE // 4]
-        text = json.dumps([self.rank, os.getpid(), HOST, step, *said])
+        phase, late, text = masked(phase)[: SIZE // 2], late[: SIZE // 4], b""
+        while not text or (len(text) > SIZE and phase + late):  # letters may take some bytes each
+            content = [self.rank, os.getpid(), HOST, step, phase, round(seconds, 1), late]
+            text = json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")  # as JSON escapes
+            phase, late = phase[: len(phase) * 4 // 5], late[: len(late) * 4 // 5]
         with suppress(OSError):
-            os.pwrite(self.file, text.encode().ljust(SIZE)[:SIZE], 0)
+            os.pwrite(self.file, text.ljust(SIZE)[:SIZE], 0)
 
     def read(self) -> list[Beat]:
         """Of all ranks that have written, in their order."""

@@ -15,7 +15,7 @@ import torch
 from mae_dist.data.ring import Ring, WorkerDied
 from mae_dist.engine import World
 from mae_dist.train import watchdog
-from mae_dist.train.peers import FAILED, HOST
+from mae_dist.train.peers import FAILED, HOST, MISTAKE, SIZE, Board
 from mae_dist.train.stop import Stopped
 from mae_dist.train.watchdog import DATA, SAVING, RankLost, Watchdog
 
@@ -90,6 +90,17 @@ def test_the_last_word_is_not_overwritten_by_a_beat_that_had_begun(tmp_path, mon
     dog.watch.close(f"{FAILED}why")
     time.sleep(0.6)
     assert [beat.phase for beat in dog.watch.board.read()] == [f"{FAILED}why"]
+
+
+@pytest.mark.parametrize("letters", ["短", "\udce9", "\x07", '"', "é"])
+def test_a_mistake_in_any_letters_is_heard_by_the_other_ranks(tmp_path, letters):
+    """Cut in bytes it was no JSON: they spoke of a lost rank, which is started again, where it was a mistake."""
+    board = Board(tmp_path, WORLD)
+    for length in (10, 170, 2000):
+        board.write(3, MISTAKE + letters * length, 1.0, letters * length)
+        (beat,) = board.read()
+        assert beat.phase.startswith(MISTAKE + letters * min(length, 10)) and beat.step == 3
+        assert board.path(0).stat().st_size == SIZE
 
 
 def test_a_rank_that_waits_for_its_own_worker_is_the_one_waited_for(dog, capfd):
