@@ -89,7 +89,8 @@ def load(kind: type, name: str, arguments: Sequence[str], batch: int, epochs: fl
     own = {key: value for key, value in configs.flat(now) if key in inherited}
     config = configs.load(spread, prog, kind, own | recipe)
     config.check(run.model.in_chans)
-    return pretrained.at(config.network.img_size), dataclasses.replace(config, data=config.data.absolute())
+    config = dataclasses.replace(config, data=config.data.absolute(), track=config.track.absolute())
+    return pretrained.at(config.network.img_size), config
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What people look at: the journal, MLflow, review pictures. Importing this is cheap (no mlflow, no torch)."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ from mae_dist.ranges import check_numbers
 from mae_dist.urls import masked
 
 VARIABLES = {"tracking_uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
+WHOLE = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
 NOT_OURS = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 
 
@@ -27,6 +29,12 @@ class TrackConfig:
 
     RANGES: ClassVar = {"close_timeout": "[0, 1e9]"}
 
+    def absolute(self) -> "TrackConfig":
+        """The same with a local store that is one in any working directory: `sync` is called from elsewhere too."""
+        from mae_dist.track.place import absolute  # which imports this
+
+        return dataclasses.replace(self, tracking_uri=self.tracking_uri and absolute(self.tracking_uri))
+
     def check(self) -> None:
         """Raise UserError naming what is out of its range, and a variable of MLflow's that says something else."""
         check_numbers(self, "track.")
@@ -38,6 +46,9 @@ class TrackConfig:
                     f"{name}: is set, but every run has an MLflow run of its own, in an experiment found by its name; "
                     "unset it and write MLFLOW_EXPERIMENT_NAME or --track.experiment NAME"
                 )
+        for name in WHOLE:
+            if not (said := os.environ.get(name, "1")).isdecimal():
+                raise UserError(f"{name}: {said}: write a whole number, such as 10, or unset it")
         for key, name in VARIABLES.items():
             said, ours = os.environ.get(name), getattr(self, key)
             if said and ours not in (said, masked(said), getattr(TrackConfig, key)):  # a run keeps it masked

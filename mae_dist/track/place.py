@@ -39,6 +39,16 @@ def sqlite_url(path: Path) -> str:
     return f"{DRIVER}:///{name}"
 
 
+def absolute(uri: str) -> str:
+    """A store in a file or directory by its whole path; any other `uri` as it is."""
+    scheme, slashes, name = uri.partition(":///")
+    if scheme.startswith("sqlite") and slashes and not name.startswith(("/", ":", "file:")):
+        return f"{scheme}:///{Path.cwd() / name}" if "?" in name else sqlite_url(Path.cwd() / name)
+    path = uri.removeprefix("file:")
+    is_path = not path.startswith("/") and ":" not in path and path not in ("databricks", "databricks-uc", "uc")
+    return str(Path.cwd() / path) if is_path else uri
+
+
 def _decodes() -> bool:
     from sqlalchemy.engine import make_url  # slow, and needed for such names only
 

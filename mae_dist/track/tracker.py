@@ -64,7 +64,7 @@ class MLflowTracker:
 def spawn(run_dir: Path, config: TrackConfig) -> "subprocess.Popen[bytes]":
     """Start the shipper of `run_dir`, following this process. Raises OSError, and UserError as `usable` does."""
     command = [sys.executable, "-P", "-m", "mae_dist.track.mlflow", str(run_dir)]
-    command += ["--follow-pid", str(os.getpid()), "--since", repr(time.time()), "--experiment", config.experiment]
+    command += ["--follow-pid", str(os.getpid()), "--since", repr(time.time()), f"--experiment={config.experiment}"]
     uri = usable(tracking_uri(run_dir.parent, config.tracking_uri))
     told = {"MLFLOW_TRACKING_URI": uri} if config.tracking_uri else {}  # not by arguments, which everybody can see
     package = str(Path(__file__).resolve().parents[2])

@@ -59,7 +59,7 @@ def pretrain(config: Config) -> int:
     """
     config.check()
     config = config.with_epoch_size()
-    config = dataclasses.replace(config, data=config.data.absolute())
+    config = dataclasses.replace(config, data=config.data.absolute(), track=config.track.absolute())
     Ring.limit = 0.8 * config.train.timeout  # so that the rank whose workers stand still says so before others give up
     stop = StopRequest()
     code = 0

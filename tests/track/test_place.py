@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mae_dist.errors import UserError
-from mae_dist.track import TrackConfig
+from mae_dist.track import TrackConfig, tracker
 from mae_dist.track.mlflow import sync
 from mae_dist.track.place import how_to_watch
 from tests.track.conftest import end_run, start_run
@@ -56,3 +56,37 @@ def test_a_variable_of_mlflow_that_says_something_else_is_named(
     if key:
         dataclasses.replace(config, **{key: value}).check()  # the same
         TrackConfig().check()  # said by the variable alone
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+def test_a_number_of_mlflow_that_is_none_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "ten")
+    with pytest.raises(UserError, match=f"{name}: ten: write a whole number"):
+        TrackConfig().check()
+
+
+@pytest.mark.parametrize(
+    ("uri", "whole"),
+    [
+        ("sqlite:///x.db", "sqlite:///{}/x.db"),
+        ("sqlite:///x.db?timeout=5", "sqlite:///{}/x.db?timeout=5"),
+        ("file:mlruns", "{}/mlruns"),
+        ("./mlruns", "{}/mlruns"),
+        *(
+            (same, same)
+            for same in ("sqlite:////x.db", "sqlite:///:memory:", "/mlruns", "file:///x", "http://a:5000/x")
+        ),
+        *((same, same) for same in ("databricks", "databricks://profile", "postgresql://u@h/d")),
+    ],
+)
+def test_a_store_is_the_same_in_any_directory(uri: str, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert TrackConfig(tracking_uri=uri).absolute().tracking_uri == whole.format(tmp_path)
+    assert TrackConfig().absolute() == TrackConfig()
+
+
+def test_a_name_that_begins_as_an_option_does_reaches_the_shipper(tmp_path: Path) -> None:
+    journal = start_run(tmp_path)
+    shipper = tracker.spawn(tmp_path, TrackConfig(experiment="-x"))
+    end_run(journal)
+    assert shipper.wait() == 0, (tmp_path / tracker.LOG_NAME).read_text()
