@@ -171,8 +171,7 @@ def knn(arguments: Sequence[str]) -> int:
 
     names = ("run", "train", "test", "precision", "max_bad", "img_size", "allow_commands")
     run, train, test, precision, bad, img_size, allow = (given.pop(name) for name in names)
-    if text := evaluate(run, train, test, Question(**given), precision, bad, img_size, allow):
-        print(text)
+    evaluate(run, train, test, Question(**given), precision, bad, img_size, allow)
     return 0
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,9 @@ def test_the_launcher_of_deepspeed_may_say_the_local_rank_in_front(monkeypatch):
     assert arguments == ["pretrain", "--train.seed=0"] and launched.launch().local_rank == 1
     with pytest.raises(UserError, match="LOCAL_RANK=1 is set, but the launcher wrote --local_rank=0"):
         launched.take_local_rank(["--local_rank=0", "pretrain"])
+
+
+def test_no_pipe_of_a_launcher_is_left_before_its_end():
+    """`| head` ended a job of many nodes with 141: under pipefail, SIGPIPE of what writes on is an error."""
+    for script in (Path(__file__).parents[1] / "launch").iterdir():
+        assert "| head" not in script.read_text(), script

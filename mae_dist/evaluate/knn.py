@@ -129,8 +129,8 @@ def knn(
     max_bad_fraction: float | None = None,
     img_size: int | tuple[int, int] | None = None,
     allow_commands: bool = False,
-) -> str:
-    """The table of `mae-dist knn`, on all the processes of this world; rank 0 logs it as a child of the run."""
+) -> None:
+    """`mae-dist knn` on all the processes of this world; rank 0 shows the table, and logs it as a child of the run."""
     question.check()
     pretrained = Pretrained.find(run).at(img_size)
     config = evaluation_config(pretrained, train, test, precision, max_bad_fraction, allow_commands)
@@ -143,13 +143,13 @@ def knn(
         step, sources = step_of(pretrained.checkpoint), labelled_sources(config)
         table = compare(pretrained, config, sources, world, question)
         if world.is_main:
+            print(as_text(table, question), flush=True)  # before a full disk can lose it
             features = asked(question.of, question.pool, pretrained, sources[:2], config)
             name = name_of("knn", step, params | features)
             directory = pretrained.run_dir / EVALUATIONS / name
             with logged(directory, pretrained, track, {"step": 0, "params": params}) as journal:
                 metrics = {metric(f"knn_k{k}", kind): value for kind, row in table.items() for k, value in row.items()}
                 journal.write({"kind": "metrics", "step": step, "metrics": metrics})
-        return as_text(table, question) if world.is_main else ""
     finally:
         world.leave()
 

@@ -281,10 +281,10 @@ def git_commit() -> str | None:
     if given:
         return given
     here = Path(mae_dist.__file__).parent
+    git = partial(subprocess.run, capture_output=True, text=True, timeout=5, check=True, cwd=here)
     try:
-        asked = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        git(["git", "ls-files", "--error-unmatch", "__init__.py"])  # else the repository of what encloses site-packages
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return commit + "-dirty" * bool(git(["git", "status", "--porcelain", "-uno", "."]).stdout)
     except (OSError, subprocess.SubprocessError):
         return None
-    return asked.stdout.strip()

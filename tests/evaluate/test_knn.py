@@ -1,5 +1,6 @@
 """`mae-dist knn` and `linear --sweep` in one process: what they are told, what they refuse, what they are called."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,13 @@ def test_a_sweep_needs_two_labels_a_class(run, shards):
         with pytest.raises(UserError, match=r"2 training labels in 2 classes; .*--per-class 2 or more"):
             COMMANDS["linear"]([*words, few])
     assert not (run / "evaluations").exists()
+
+
+def test_accuracies_are_shown_where_they_cannot_be_kept(run, shards, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mae_dist.evaluate.knn.logged", full)
+    with pytest.raises(OSError, match="No space"):
+        COMMANDS["knn"]([str(run), "--train", str(shards), "--test", str(shards)])
+    assert "k-NN accuracy" in capsys.readouterr().out

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import mae_dist
 from mae_dist.data import DataConfig
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError, machine_fault
 from mae_dist.train.alone import alone
 from mae_dist.train.options import TrainConfig
+from mae_dist.train.run import git_commit
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -71,3 +73,25 @@ def test_too_few_open_files_are_refused_with_the_number(shards: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith(
         "error: at most 64 open files are allowed here, 256 are needed"
     )
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Not that of a user's repository in which it is installed; and changed code is said to be changed."""
+    package = tmp_path / "site-packages" / "mae_dist"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(mae_dist, "__file__", str(package / "__init__.py"))
+    monkeypatch.delenv("MAE_DIST_GIT_COMMIT", raising=False)
+
+    def git(*words: str) -> str:
+        me = ["-c", "user.name=me", "-c", "user.email=me@here"]
+        return subprocess.run(["git", *me, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("commit", "-qm", "theirs", "--allow-empty")
+    assert git_commit() is None
+    git("add", ".")
+    git("commit", "-qm", "ours")
+    assert git_commit() == git("rev-parse", "HEAD").strip()
+    (package / "__init__.py").write_text("changed = True")
+    assert git_commit() == git("rev-parse", "HEAD").strip() + "-dirty"
