@@ -90,7 +90,8 @@ def shuffle_hint(manifest: Manifest, found: float) -> str:
     far = any(remote.is_remote(shard.name) for shard in manifest.shards)
     settings = "--data.lanes 256 --data.window 4096" if far else "the defaults, a full shuffle"
     if np.isnan(found):
-        return f"order    cannot tell without labels whether the shards are shuffled; train with {settings}"
+        why = "where no two images have the same label"  # none has one, or each its own
+        return f"order    cannot tell {why} whether the shards are shuffled; train with {settings}"
     how = f"{found:.1f} times the same-class pairs of shuffled shards"
     if found > SORTED_ABOVE and far:
         return f"order    sorted by class ({how}); shuffle them once with mae-dist shard, or train with {settings}"

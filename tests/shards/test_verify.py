@@ -129,3 +129,12 @@ def test_info_knows_sorted_shards():
 def test_info_without_labels(images, tmp_path):
     manifest = shard(images / "class_0", tmp_path / "out")
     assert "none: no sample has a label" in describe(manifest) and "cannot tell" in describe(manifest)
+
+
+def test_info_of_labels_that_each_have_one_image(images, tmp_path):
+    """They are labels, and say nothing of a shuffle."""
+    names = sorted(path.name for path in (images / "class_0").iterdir())
+    (tmp_path / "labels.txt").write_text("".join(f"{name} {i * 10**9}\n" for i, name in enumerate(names)))
+    text = describe(shard(images / "class_0", tmp_path / "out", labels=tmp_path / "labels.txt"))
+    assert f"classes  {len(names)}, 1 to 1 images each" in text
+    assert "cannot tell where no two images have the same label" in text and "without labels" not in text
