@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mae_dist.errors import OF_THE_FILE, UserError, unreadable
-from mae_dist.local import check_local, write_file
+from mae_dist.local import check_local, make_directory, write_file
 from mae_dist.shards import remote
 from mae_dist.shards.download import GIVE_UP
 from mae_dist.shards.folders import only_once
@@ -119,7 +119,7 @@ def _index(urls: Sequence[str], out: Path | None, workers: int, max_bad: int, al
         )
     entries = [entry_of(*pair, out) for pair in zip(places, index_names(places), strict=True)]
     manifest = before or Manifest(out, entries)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     logins = dict(zip(places, logins, strict=True))
     return scan_all(manifest, logins, progress, workers, max_bad, bool(before), notes)
 

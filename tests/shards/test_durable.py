@@ -131,7 +131,7 @@ def test_index_that_cannot_write_says_so_in_one_line_wherever_it_is(whole, tmp_p
 
 @pytest.mark.parametrize(
     ("out", "says"),
-    [("file", "File exists"), ("file/below", "Not a directory"), ("locked/below", "denied|exists")],
+    [("file", "is a file, where"), ("file/below", "is a file, where"), ("locked/below", "denied|is a file")],
 )
 def test_where_index_cannot_write_at_all(whole, tmp_path, out, says, monkeypatch):
     (tmp_path / "file").write_text("mine")
