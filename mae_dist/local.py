@@ -141,7 +141,8 @@ def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno and (error.filename is None or (aside and str(error.filename).startswith(str(aside)))):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2  # None would be shown, as "-> None"
         raise
 
 

@@ -1,12 +1,13 @@
 """A file or directory is there whole or not at all, with the mode that the umask gives."""
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from mae_dist.local import new_directory, write_file
+from mae_dist.local import naming, new_directory, write_file
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
@@ -31,6 +32,13 @@ def test_an_error_leaves_what_was_there(tmp_path: Path):
         (aside / "inner").write_text("1")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad", "/a/x.tmp", None, "/a/x")])
+def test_an_error_names_one_file_and_no_more(error: OSError):
+    with pytest.raises(OSError) as caught, naming(Path("/a/x"), Path("/a/x.tmp")):
+        raise error
+    assert str(caught.value).endswith(": '/a/x'")  # no "-> None"
 
 
 def test_each_is_fsynced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
