@@ -44,7 +44,7 @@ _RULES = [
     (re.compile(rf"((?:^|\s)(?:-b|--cookie)[\s=]+)(?=['\"]?[\w.-]+=){_QUOTED}"), rf"\1{MASK}"),
     (re.compile(rf"(\bsshpass\s+-p\s*|\bpass:){_QUOTED}"), rf"\1{MASK}"),
 ]
-_QUERY = re.compile(r"((?:://|pipe:)[^\s?'\"]*)\?([^\s#'\"]+)")
+_QUERY = re.compile(r"((?:://|pipe:|\burl: /)[^\s?'\"]*)\?([^\s#'\"]+)")
 _PAIR = re.compile(r"[^&;]+")
 _BARE = 16  # characters of a query without a name: a key then, no word such as `?download`
 _LOGIN = re.compile(r"^(https?://)(?:[^\s/?#@:]*:(?!\d+/)[^\s?#]*|[^\s/?#@:]+)@", re.I)

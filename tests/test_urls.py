@@ -18,6 +18,7 @@ WITH = (
     "pipe:aws --token {} s3 cp s3://bucket/a.tar -",
     "pipe:AWS_SECRET_ACCESS_KEY={} aws s3 cp s3://bucket/a.tar -",
     "pipe:SECRET='{} and more' fetch a.tar",
+    "HTTPConnectionPool(host='h', port=80): Max retries exceeded with url: /a.tar?sig={} (Caused by x)",
     "pipe:curl -u 'me:{}' https://host/a.tar",
     "pipe:curl -ume:{} https://host/a.tar",
     "pipe:curl --proxy-user me:{} https://host/a.tar",
