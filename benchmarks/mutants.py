@@ -91,6 +91,9 @@ MUTANTS = [
     Mutant("modes ignore the umask", "mae_dist/local.py", "file.chmod(0o666 & ~mask)", "pass", "tests/test_local.py"),
     Mutant("bad samples have no limit", "mae_dist/data/bad.py", "if found <= self.allowed(read):", "if True:",
            "tests/data/test_bad.py"),
+    Mutant("a wide image without a crop that fits is cut too narrow", "mae_dist/data/augment.py",
+           "w = min(width, round(height * config.crop_ratio[1]))", "w = min(width, round(height * 0.75))",
+           "tests/data/test_augment.py"),
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Law 1 for pixels: a crop depends on (seed, epoch, sample) only, and is distributed as in the paper's code."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,15 @@ def test_crops_are_distributed_as_torchvision_draws_them():
         values = np.concatenate([mine, their])
         steps = [np.searchsorted(np.sort(x), values, side="right") / n for x in (mine, their)]
         assert np.abs(steps[0] - steps[1]).max() < limit
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (11, 13)])
+def test_where_no_crop_fits_the_largest_allowed_one_in_the_middle_is_taken(height, width):
+    """All tries ask for more than there is; as torchvision's, whose scale here lets none fit either."""
+    from torchvision.transforms import RandomResizedCrop
+
+    theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [2.0, 3.0], list(CONFIG.crop_ratio))
+    assert random_box(height, width, replace(CONFIG, crop_scale=(2.0, 3.0)), uniforms(7, 1, 3, 4 * TRIES)[0]) == theirs
 
 
 def test_flips_are_fair_and_apart_from_crops():
