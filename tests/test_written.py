@@ -63,6 +63,7 @@ def refused(*arguments: str, kind: type = Config, prog: str = "mae-dist pretrain
         ("data: &d {workers: 1}\ntrain:\n  <<: *d\n  seed: 2\n", "line 3: train.<<: keys are not merged here"),
         ("train: {seed: !!python/object/apply:os.getpid []}\n", "a tag means nothing here"),
         ("train: {seed: !mine 3}\n", "a tag means nothing here"),
+        ("[" * 3000, "not YAML: maximum recursion depth"),
         ("? [a]\n: 1\n", "a key that is no name"),
         ("train: {seed: 1}\n---\ntrain: {seed: 2}\n", "not YAML: expected a single document"),
         ("Train: {seed: 1}\n", "line 1: Train.seed: unknown key, did you mean train.seed?"),

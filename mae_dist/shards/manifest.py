@@ -13,6 +13,7 @@ first step all tables, shared out among the ranks. Version 1 has no checksums.
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -316,7 +317,7 @@ def check_listing(listing: Any) -> None:
         raise ValueError(f"unknown key {min(unknown)!r}")
     if version == SEALED and not is_hash(listing.get("seal"), 64):
         raise ValueError(f"no seal, which version {SEALED} has")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(map(is_text, classes)):
         raise ValueError("classes is no list of names")
     if not isinstance(shards, list) or not shards:
         raise ValueError("shards is no list of shards")
@@ -343,7 +344,7 @@ def wrong_in(entry: Any, known: set[str], version: int) -> str:
         if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 62:
             return f"{key} {str(entry[key])[:40]} is no number from 0"
     for key in ("name", "index"):
-        if not isinstance(entry.get(key, ""), str) or "\0" in entry.get(key, ""):
+        if not is_text(entry.get(key, "")) or "\0" in entry.get(key, ""):
             return f"{key} is no name"
     index = entry.get("index", "")
     if index != Path(index).name or index == "..":
@@ -353,6 +354,15 @@ def wrong_in(entry: Any, known: set[str], version: int) -> str:
         if not is_hash(given, length) and not (given == "" and not (key == "index_sha256" and version == SEALED)):
             return f"{key} is no checksum"
     return "" if entry["name"] else "no name"
+
+
+def is_text(value: Any) -> bool:
+    """Whether it can be a file's name, or printed: JSON can say halves of characters, which cannot."""
+    try:
+        os.fsencode(value)
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return isinstance(value, str)
 
 
 def is_hash(value: Any, length: int) -> bool:
