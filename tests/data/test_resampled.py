@@ -125,7 +125,7 @@ def test_what_a_client_raises_at_opening_is_said_and_left_out(shards, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(remote, "open_stream", flaky)
         assert len(list(islice(stream(shards / "train-00000.tar"), 4))) == 4
-    assert "left out: RuntimeError: 503" in capfd.readouterr().err
+    assert "train-00000.tar: RuntimeError: 503" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"nowhere://a\.tar: "):
         next(iter(stream("nowhere://a.tar")))
 
