@@ -1,5 +1,6 @@
 """The cache of whole shards: what is in it is whole, it was fetched once, it stays under its limit, come what may."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -329,3 +330,11 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(500, hard))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_two_prefetchers_of_one_number_do_not_wait_for_each_other(cache, monkeypatch):
+    """As in containers that share a cache: their process numbers are the same."""
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: real(file, how | fcntl.LOCK_NB))  # where it waited: an error
+    with cache.needs(), cache.needs():
+        assert len(list(cache.directory.glob("*.needs"))) == 2
