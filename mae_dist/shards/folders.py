@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from mae_dist.shards.splits import holds_splits, splits_among
 from mae_dist.shards.tars import Piece
 
 HEAD = 4096  # bytes
+INDEX_RECORD = re.compile(r"\.index-[0-9a-f]{16}\.jsonl")  # what an `index` that did not end well goes on from
 
 
 def list_directory(path: Path, notes: Notes) -> tuple[list[str], list[str]]:
@@ -25,6 +27,8 @@ def list_directory(path: Path, notes: Notes) -> tuple[list[str], list[str]]:
     files, folders = [], []
     with os.scandir(path) as entries:
         for entry in entries:
+            if INDEX_RECORD.fullmatch(entry.name):
+                continue
             if hidden_part(entry.name):
                 notes.add(HIDDEN, str(path / entry.name))
             else:

@@ -113,12 +113,17 @@ def _index(urls: Sequence[str], out: Path | None, workers: int, max_bad: int, al
         raise UserError(f"{twice[0]}: given twice; name each shard once")
     only_once((Path(place) for place in places if not remote.is_remote(place)), notes)
     progress = out / f".index-{sha256(os.fsencode(chr(0).join(places))).hexdigest()[:16]}.jsonl"
-    if (out / FILE_NAME).exists() and not before and not progress.exists():  # else it was killed just before its end
-        raise UserError(
-            f"{out / FILE_NAME}: already exists; make it anew with: mae-dist index {out}, or write another --out DIR"
-        )
+    listed: Manifest | None = None
+    if (out / FILE_NAME).exists() and not before:
+        listed = Manifest.parse((out / FILE_NAME).read_bytes(), out, str(out / FILE_NAME), sealed=False)
+        others = {listed.place(i) for i in range(len(listed.shards))} - {*places}
+        if others and not progress.exists():  # else it was killed just before its end
+            raise UserError(
+                f"{out / FILE_NAME}: already exists, and lists {min(others)}, which is not given; make it anew with: "
+                f"mae-dist index {out}, or write another --out DIR"
+            )
     entries = [entry_of(*pair, out) for pair in zip(places, index_names(places), strict=True)]
-    manifest = before or Manifest(out, entries)
+    manifest = before or Manifest(out, entries, listed.classes if listed else ())
     make_directory(out)
     logins = dict(zip(places, logins, strict=True))
     return scan_all(manifest, logins, progress, workers, max_bad, bool(before), notes)

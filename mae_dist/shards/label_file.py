@@ -132,11 +132,11 @@ def _in_order_of_names(lines: Lines, names: Sequence[str]) -> Lines:
         raise _Misfit(f"{len(lines)} lines for {len(names)} images; write one LABEL, or NAME LABEL, for each")
     if HEADER.fullmatch(lines[0][1][0]) and lines[0][1] not in [fields for _, fields in lines[1:]]:
         raise _Misfit(f"line {lines[0][0]}: {lines[0][1][0]!r} is no number or class, but a header; remove it")
-    numbers = [re.findall(r"\d+", name) for name in names]
-    if (
-        len({re.sub(r"\d+", "0", name) for name in names}) == 1
-        and sorted(numbers, key=lambda n: [*map(int, n)]) != numbers
-    ):
+    alike: dict[str, list[list[int]]] = {}  # the numbers in names that differ by them, and by the suffix
+    for name in names:
+        stem = name.rpartition(".")[0]
+        alike.setdefault(re.sub(r"\d+", "0", stem), []).append([*map(int, re.findall(r"\d+", stem))])
+    if any(numbers != sorted(numbers) for numbers in alike.values()):
         raise _Misfit(
             f"one LABEL a line is for names in sorted order, and {names[0]}, {names[1]}, ... are not in the order "
             "of their numbers; write NAME LABEL on each line"

@@ -16,8 +16,10 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 import numpy as np
@@ -144,10 +146,23 @@ class Manifest:
 
     def save(self, keep_others: bool = False) -> None:
         """Write `manifest.json` and what it says for other readers (`keep_others`: unless theirs are there already)."""
+        ours = self._written() if keep_others else {}
         for name, content in self._translations().items():
-            if not (keep_others and (self.directory / name).exists()):
+            if not (keep_others and (self.directory / name).exists()) or name in ours:
                 write_file(self.directory / name, json.dumps(content, indent=1) + "\n")
         write_file(self.directory / FILE_NAME, self.text())  # the last: then all is there
+
+    def _written(self) -> set[str]:
+        """Files for other readers that say what the manifest in this directory does: they were written with it."""
+        found = set()
+        with suppress(OSError, UserError):
+            text = (self.directory / FILE_NAME).read_bytes()
+            before = Manifest.parse(text, self.directory, FILE_NAME, sealed=False)
+            for name, content in before._translations().items():
+                with suppress(OSError, ValueError, RecursionError):
+                    if json.loads((self.directory / name).read_bytes()) == content:
+                        found.add(name)
+        return found
 
     def text(self) -> str:
         """The content of `manifest.json`."""
@@ -327,7 +342,7 @@ def check_listing(listing: Any) -> None:
             raise ValueError(f"shard {n}: {what}")
     if not any(entry["count"] for entry in shards):
         raise ValueError("no sample in any shard")
-    names = {entry["name"] for entry in shards}
+    names = {entry["name"] if remote.is_remote(entry["name"]) else normpath(entry["name"]) for entry in shards}
     if len(names) < len(shards):
         raise ValueError("a shard is listed twice")
 

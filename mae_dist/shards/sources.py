@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mae_dist.errors import UserError
 from mae_dist.local import regular
-from mae_dist.shards.notes import CHANGED, Notes
+from mae_dist.shards.notes import CHANGED, TOUCHED, Notes
 
 ENDS = 1 << 16  # bytes of a tar's or parquet file's two ends: names and times, or the footer that says where all lies
 
@@ -22,7 +22,7 @@ def stamps(directories: Iterable[str], containers: Iterable[str], labels: str | 
 def stamp_of(path: str, whole: bool = False) -> str:
     """A directory's time, which changes as names come and go; size and digest of a file (`whole`: of all its bytes).
 
-    Copies of a file have the same. Empty for what is not there.
+    Copies of a file have the same but for the time, the last of it. Empty for what is not there.
     """
     with suppress(OSError, ValueError):
         status = Path(path).stat()
@@ -33,7 +33,7 @@ def stamp_of(path: str, whole: bool = False) -> str:
             digest = blake2b(file.read(min(ends, status.st_size)), digest_size=16)
             file.seek(max(0, status.st_size - ends))
             digest.update(file.read(min(ends, status.st_size)))
-        return f"{status.st_size} bytes {digest.hexdigest()}"
+        return f"{status.st_size} bytes {digest.hexdigest()}" + ("" if whole else f" {status.st_mtime_ns}")
     return ""
 
 
@@ -47,7 +47,10 @@ def refuse_changed(before: Mapping[str, str], labels: str | None, made: str) -> 
         new = stamp_of(path, whole=path == labels)
         if not old or not new or old == new:
             continue
-        if not old.startswith("directory"):
+        if old.startswith("directory"):
+            notes.add(CHANGED, path)
+        elif old.split()[:3] == new.split()[:3]:
+            notes.add(TOUCHED, path)
+        else:
             raise UserError(f"{path}: has changed since {made} was begun; remove {made} to begin anew")
-        notes.add(CHANGED, path)
     return notes

@@ -307,12 +307,12 @@ def test_tars_of_img2dataset_lie_beside_their_notes(tmp_path):
     assert pairs(shard(tmp_path / "in", tmp_path / "out")) == expected
     assert "2 .parquet files" in said(tmp_path) and "1 hidden" in said(tmp_path)
     assert pairs(index([str(tmp_path / "in")]).manifest) == expected
-    with pytest.raises(UserError, match="already exists; make it anew with: mae-dist index "):
+    with pytest.raises(UserError, match=r"already exists, and lists .*\.tar, which is not given"):
         index([str(tmp_path / "in" / "00000.tar")])
     (tmp_path / "in" / "00002.tar").write_bytes(tar(("2.jpg", picture(2))))
     again = index([str(tmp_path / "in")])  # as its manifest says
     assert pairs(again.manifest) == expected
-    assert any("1 tars that manifest.json does not list, such as" in line for line in again.notes.lines())
+    assert any("1 tars that manifest.json does not list" in line for line in again.notes.lines())
 
 
 @pytest.mark.parametrize(

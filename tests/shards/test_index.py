@@ -202,6 +202,48 @@ def test_files_of_other_readers_stay_as_they_are(copy):
     assert (copy / "_info.json").read_text() == "theirs"
 
 
+def test_what_index_wrote_for_other_readers_follows_its_manifest(copy):
+    (copy / "_info.json").write_text("theirs")
+    index([str(copy)])
+    tar = copy / "train-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    index([str(copy)], max_bad=1)
+    assert list(json.loads((copy / "sizes.json").read_text())) == [f"train-0000{i}.tar" for i in (0, 2, 3, 4)]
+    assert len(json.loads((copy / "wids.json").read_text())["shardlist"]) == 4
+    assert (copy / "_info.json").read_text() == "theirs"
+
+
+def test_a_pattern_takes_in_a_tar_that_came_later(copy):
+    index([f"{copy}/train-{{00000..00003}}.tar"])
+    again = index([str(copy)])
+    assert again.manifest.num_samples == 40
+    assert any("a pattern for all, such as '*.tar', takes them in" in line for line in again.notes.lines())
+    with pytest.raises(UserError, match=r"already exists, and lists .*train-00000\.tar, which is not given"):
+        index([f"{copy}/train-00004.tar"])
+    assert index([f"{copy}/*.tar"]).manifest.num_samples == 46
+    assert len(json.loads((copy / "sizes.json").read_text())) == 5
+
+
+def test_a_tar_that_changed_in_its_middle_is_read_again(copy, tmp_path):
+    """And its own records of an unfinished start are no hidden files of the user's."""
+    noise = np.random.default_rng(0).bytes(200_000)
+
+    def write(label: bytes) -> None:
+        files = [("a.jpg", noise), ("b.jpg", b"x"), ("b.cls", label), ("c.jpg", noise)]
+        (copy / "train-00000.tar").write_bytes(make_tar(files))
+
+    write(b"1")
+    whole = (copy / "train-00001.tar").read_bytes()
+    (copy / "train-00001.tar").write_bytes(whole[:5000])
+    with pytest.raises(UserError, match="1 of 5 shards"):
+        index([str(copy)])
+    (copy / "train-00001.tar").write_bytes(whole)
+    write(b"2")
+    done = index([str(copy)])
+    assert done.manifest.table(0)[:, 2].tolist() == [-1, 2, -1]
+    assert not any("hidden" in line for line in done.notes.lines())
+
+
 def test_remote_shards_and_pipes_have_a_local_manifest(shards, tmp_path):
     """Two shards of one file name get tables of two names."""
     urls = [

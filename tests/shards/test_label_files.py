@@ -134,6 +134,9 @@ def test_labels_alone_need_names_in_one_order(tmp_path):
         read(tmp_path, "\n".join(map(str, range(12))), names)
     pairs = "".join(f"{i}.jpg {i}\n" for i in range(12))
     assert read(tmp_path, pairs, names)[0] == [int(name[:-4]) for name in names]
+    for names in (["1.png", "10.jpg", "2.jpg"], ["cat1.jpg", "cat10.jpg", "cat2.jpg", "dog.jpg"]):
+        with pytest.raises(UserError, match="not in the order of their numbers"):
+            read(tmp_path, "\n".join("0" for _ in names), names)
     hashes = sorted(["9f3.jpg", "10a.jpg", "2bb.jpg"])
     assert read(tmp_path, "0\n1\n2", hashes)[0] == [0, 1, 2]
 

@@ -1,6 +1,7 @@
 """A manifest notices what happened to its shards before any training does."""
 
 import io
+import json
 import shutil
 from dataclasses import replace
 
@@ -43,6 +44,19 @@ def test_a_missing_file_is_named(copy, name, says):
 def test_a_broken_manifest_is_named(copy, text):
     (copy / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest.json: not a manifest"):
+        Manifest.load(copy)
+
+
+def test_a_shard_of_two_spellings_is_named(copy):
+    text = (copy / "manifest.json").read_text()
+    listing = json.loads(text)
+    del listing["seal"]
+    listing["version"] = 1
+    for shard in listing["shards"]:
+        del shard["index_sha256"]
+    listing["shards"].append(listing["shards"][0] | {"name": f"./{listing['shards'][0]['name']}"})
+    (copy / "manifest.json").write_text(json.dumps(listing))
+    with pytest.raises(UserError, match="a shard is listed twice"):
         Manifest.load(copy)
 
 

@@ -44,6 +44,7 @@ def test_a_tar_that_has_changed_is_refused_and_a_copy_of_it_is_the_same(tmp_path
     path.write_bytes(kept)
     os.utime(path, (0, 0))
     assert isinstance(shard(path, out, shard_size=2, part=(1, 2)), Manifest)
+    assert "note: 1 tars or parquet files written again since, or copies" in summary(out)
     tar_of(path, [3, 2, 1, 0])
     with pytest.raises(UserError, match=r"x\.tar: has changed since .*/out was begun"):
         shard(path, out, shard_size=2)
