@@ -32,6 +32,7 @@ C = TypeVar("C")
 ACCEPT, ALLOW = "train.accept_changes", "data.allow_commands"
 PREFIX = "MAE_DIST_"  # MAE_DIST_TRAIN__SEED=1
 CONFIG_VARIABLE = "MAE_DIST_CONFIG"  # a file, below those of the command line
+REPLACED = {"optim.blr": "optim.lr", "train.epochs": "train.steps"}  # by what, where that is set
 OTHER_VARIABLES = (CONFIG_VARIABLE, "MAE_DIST_GIT_COMMIT", "MAE_DIST_TURBOJPEG")  # no keys
 
 
@@ -132,13 +133,14 @@ def load(
         print(MANUALS[prog].text(kind, defaults or {}))
         sys.exit(0)
     check_variables(environ, kind)
-    if file := environ.get(CONFIG_VARIABLE):
-        files.insert(0, file)
+    if CONFIG_VARIABLE in environ:
+        files.insert(0, said_by(environ, CONFIG_VARIABLE))
     values: dict[str, Any] = dict(flat(kind()))
     values |= defaults or {}
     unused = MANUALS[prog].unused
     without = {key: value for key, value in values.items() if key in unused or key.split(".")[0] in unused}
-    values |= checked(variables(environ, kind), kind)
+    layers = [("variable ", checked(variables(environ, kind), kind))]
+    values |= layers[0][1]
     brought = ""  # by which file data.shards was
     for file in files:
         found = checked(read_file(Path(file)), kind)
@@ -149,9 +151,11 @@ def load(
         if found.pop(ACCEPT, False):  # it would be accepted for ever
             note(f"{file}: {ACCEPT}: true is left out; it is for one start, on its command line")
         values |= found
+        layers.append((f"{file}: ", found))
         brought = file if "data.shards" in found else brought
     told = checked(options, kind)
     values |= told
+    check_replaced([*layers, ("--", told)], values)
     if brought and runs and "data.shards" not in told and "pipe:" in str(values["data.shards"]) and not values[ALLOW]:
         raise UserError(
             f"{brought}: data.shards: is a command: {values['data.shards']}; if you trust whoever wrote this file, "
@@ -164,6 +168,22 @@ def load(
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+def check_replaced(layers: Sequence[tuple[str, Mapping[str, Any]]], values: Mapping[str, Any]) -> None:
+    """Raise UserError for a key that another one replaces and that is said later, or beside it: it has no effect.
+
+    `layers`: where each is written, and its values, the winning one last. One file may have both: a run's own has all.
+    """
+    for key, by in REPLACED.items():
+        last, other = (max((i for i, (_, of) in enumerate(layers) if name in of), default=-1) for name in (key, by))
+        where = layers[last][0]
+        beside = last == other and not where.endswith(": ")
+        if last >= 0 and values[by] is not None and (last > other or beside) and values["data.mode"] == "exact":
+            raise UserError(
+                f"{where}{key}: {values[key]}, but {by} is {values[by]}, which replaces it; leave {key} out, or "
+                f"write --{by} null"
+            )
 
 
 def with_values(config: C, values: Mapping[str, Any]) -> C:
@@ -203,7 +223,15 @@ def parse(arguments: Sequence[str], prog: str, kind: type) -> tuple[list[Written
 def variables(environ: Mapping[str, str], kind: type) -> list[Written]:
     """What the environment says of the keys of `kind`."""
     named = {variable(key): key for key in keys_of(kind)}
-    return [Written(f"{name}: ", key, Text(environ[name])) for name, key in named.items() if name in environ]
+    found = {name: said_by(environ, name) for name in named if name in environ}
+    return [Written(f"{name}: ", named[name], Text(text)) for name, text in found.items()]
+
+
+def said_by(environ: Mapping[str, str], name: str) -> str:
+    """What a variable says. Raises UserError for an empty one: is another variable, which it was to have, not set?"""
+    if not environ[name].strip():
+        raise UserError(f"{name}: empty; write a value, null where there is to be none, or unset it")
+    return environ[name]
 
 
 def variable(key: str) -> str:

@@ -44,6 +44,7 @@ def value_of(kind: Any, written: Written) -> Any:
     except ValueError:
         value = written.value
         found = f"[{', '.join(item.text for item in value)}]" if isinstance(value, list) else value.text or "nothing"
+        found = found.replace("\n", "\\n")
         message = f"{written.where}{written.key}: expected {describe(kind)}. Got value: {found}"
         raise UserError(masked(message)) from None
 
@@ -72,6 +73,8 @@ def convert(kind: Any, value: Text | list[Text]) -> Any:
     if kind is int and INT.fullmatch(text):
         return int(text)
     if kind is float and FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        if not float(text) and re.match(r"[-+.0_]*[1-9]", text):  # 1e-400
+            raise ValueError
         return float(text)
     if kind is str and text and (value.quoted or text not in (*NULLS, NOT_NULL)):
         return text

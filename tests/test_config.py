@@ -85,6 +85,9 @@ def test_the_resolved_config_gives_itself_again(tmp_path_factory, blr, seed, img
         ("train: 3", "train: is a section"),
         ("- 3", "holds a list"),
         ("train: {seed: [", "not YAML"),
+        ("train: {seed: " + 3000 * "[" + 3000 * "]" + "}", "not YAML"),
+        ("optim: {lr: 1e-400}", "optim.lr: expected a number"),
+        ("train: {steps: |\n  10\n  }", "line"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path, yaml, says):
@@ -104,6 +107,7 @@ def test_a_mistake_in_a_file_is_named(tmp_path, yaml, says):
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
         (["--train.seed"], "--train.seed"),
         (["--foo"], "--foo"),
+        (["--optim.lr=1", "--optim.blr=1"], "--optim.blr: 1.0, but optim.lr is 1.0, which replaces it"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(arguments, says):
@@ -131,6 +135,7 @@ def test_a_mistake_on_the_command_line_is_named(arguments, says):
         (["--data.shards=x", "--data.fake=true"], "data.fake"),
         (["--data.fake=true", "--data.val_shards=5"], "data.val_shards: 5: nothing is held out of FakeData"),
         (["--data.shards=x", "--data.fake_size=7"], "data.fake_size: 7, but data.fake is false; leave it out"),
+        (["--data.mean=[123.7,116.3,103.5]"], "data.mean: [123.7, 116.3, 103.5]: write a number in [0, 1]"),
         (["--data.fake=true", "--data.repeated_aug=0"], "data.repeated_aug: 0: write a whole number in [1, 1000]"),
     ],
 )
@@ -139,6 +144,30 @@ def test_values_that_cannot_be(arguments, says):
     with pytest.raises(UserError) as caught:
         config.load([*fake, *arguments]).check()
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "by"), config.REPLACED.items())
+def test_what_is_said_later_is_not_without_effect(tmp_path, key, by):
+    """A rate or length of a file wins over nothing that is said after it; a run's own file says both."""
+    whole, some, late = tmp_path / "whole.yaml", tmp_path / "some.yaml", tmp_path / "late.yaml"
+    section, name = key.split(".")
+    whole.write_text(config.load([f"--{by}", "7"]).to_yaml())
+    some.write_text(f"{section}: {{{by.split('.')[1]}: 7}}\n")
+    late.write_text(f"{section}: {{{name}: 3}}\n")
+    files = [[f"--config={path}" for path in paths] for paths in ((whole,), (late, some), (late, whole))]
+    for arguments in (*files, [*files[1], f"--{key}=3", f"--{by}=null"], [f"--config={late}", f"--{by}=7"]):
+        config.load(arguments)
+    for arguments in ([f"--config={some}", f"--{key}=3"], [f"--config={some}", f"--config={late}"]):
+        with pytest.raises(UserError, match=f"{key}: 3.0, but {by} is 7"):
+            config.load(arguments)
+    with pytest.raises(UserError, match=f"^variable {key}: 3.0"):
+        config.load([], environ={config.variable(key): "3", config.variable(by): "7"})
+
+
+@pytest.mark.parametrize("name", ["MAE_DIST_TRAIN__STEPS", "MAE_DIST_DATA__SHARDS", "MAE_DIST_CONFIG"])
+def test_an_empty_variable_is_named(name):
+    with pytest.raises(UserError, match=f"^{name}: empty"):
+        config.load([], environ={name: ""})
 
 
 def test_print_config_is_a_config(tmp_path):

@@ -170,7 +170,7 @@ def test_variables(tmp_path, capsys):
     assert (c.train.seed, c.train.name, c.optim.blr) == (4, "y", 3e-4)
     message = refused(**{variable("train.seed"): "x"})
     assert message == "MAE_DIST_TRAIN__SEED: train.seed: expected a whole number. Got value: x"
-    assert "Got value: nothing" in refused(**{variable("train.name"): ""})
+    assert "MAE_DIST_TRAIN__NAME: empty; write a value" in refused(**{variable("train.name"): ""})
     assert load([], environ={"MAE_DIST": "/a/clone", "MAE_DIST_GIT_COMMIT": "c0ffee"}) == Config()
     assert not capsys.readouterr().err
     load([], environ={variable("augment.mixup"): "0.5"})

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mae_dist import rng
 from mae_dist.data.decode import whole
 from mae_dist.data.source import Choose, ShardSource, Source
-from mae_dist.errors import UserError
+from mae_dist.errors import UserError, note
 from mae_dist.shards.manifest import Manifest
 from mae_dist.shards.prefetch import Course, Prefetcher
 
@@ -56,7 +56,12 @@ def count_classes(train: Source, held_out: Source) -> int:
                 "make both with mae-dist shard from class folders of the same names (numbered in sorted order), or "
                 "one of them from a flat directory with --labels FILE and the numbers of the other"
             )
-    highest = max(int(labels_of(source).max()) for source in (train, held_out))
+    seen, asked = (labels_of(source) for source in (train, held_out))
+    if unseen := sorted(set(asked.tolist()).difference(seen.tolist())):
+        shown = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
+        count = int(np.isin(asked, unseen).sum())
+        note(f"{count} of {len(asked)} held-out images are of classes that no training image has (labels {shown})")
+    highest = max(int(seen.max()), int(asked.max()))
     if highest >= MOST_CLASSES:
         raise UserError(
             f"{manifests[0].directory}, {manifests[1].directory}: a label {highest}: an id, no number of a class; make "

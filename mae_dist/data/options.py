@@ -76,7 +76,7 @@ class DataConfig:
 
     RANGES: ClassVar = {
         "epoch_size": "[1, 1000000000000]", "val_shards": COUNT_OR_NONE, "fake_size": COUNT, "crop_scale": "(0, 1]",
-        "crop_ratio": "(0, 1e3]", "flip": "[0, 1]", "eval_crop": "(0, 1]", "mean": "[-1e3, 1e3]", "std": "[1e-6, 1e3]",
+        "crop_ratio": "(0, 1e3]", "flip": "[0, 1]", "eval_crop": "(0, 1]", "mean": "[0, 1]", "std": "[1e-6, 1]",
         "cache_bytes": "[1, 1000000000000000]", "workers": "[0, 512]", "max_pixels": COUNT,
         "max_bad_fraction": "[0, 1]", "lanes": "[1, 1000000]", "window": COUNT_OR_NONE, "repeated_aug": "[1, 1000]",
     }  # fmt: skip

@@ -158,10 +158,11 @@ def sweep(pretrained: Pretrained, config: LinearConfig) -> int:
         merged = configs.Config(model=pretrained.config.model, data=config.data, train=config.train)
         train, test, num_classes = labelled_sources(merged)
         parts = [subset(train, config.labels.fraction, config.labels.per_class, seed) for seed in config.sweep.seeds]
+        least = min(config.sweep.blrs) * config.train.global_batch_size / 256
         for part, seed in zip(parts, config.sweep.seeds, strict=True):
             labels = labels_of(part)
             few = len(labels) - len(held_out(labels, config.sweep.held_out, seed))
-            Plan(config.train, config.optim, 0.0, few).check()  # both raise before anything is made
+            Plan(config.train, config.optim, least, few).check()  # both raise before anything is made
         kinds = ("untrained",) if config.network.init == "none" else config.sweep.kinds
         pool, table = config.network.pool, dict[str, list[Best]]()
         for kind in kinds:

@@ -112,6 +112,11 @@ class Plan:
                 f"{what} for {t.epochs:g} epochs are {total} update{'s' * (total > 1)}, too few to learn from: write a "
                 f"smaller --train.global_batch_size, more --train.epochs, or --train.steps {total} if that is meant"
             )
+        if self.peak_lr < self.optim.min_lr:
+            raise UserError(
+                f"optim.min_lr: {self.optim.min_lr:g} is above the peak learning rate, {self.peak_lr:g} (optim.lr, or "
+                "optim.blr * train.global_batch_size / 256): write a lower one"
+            )
         if warmup and total == 1:
             raise UserError(f"{what}, one update: its learning rate is 0, as the first of a warm-up; write {few}")
         if warmup >= total and not t.steps:

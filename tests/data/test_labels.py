@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mae_dist.data import DataConfig, ImageStream, count_classes, evaluation_batches, labels_of, open_sources, subset
-from mae_dist.data.labels import choose
+from mae_dist.data.labels import SubsetSource, choose
 from mae_dist.errors import UserError
 from mae_dist.shards.manifest import Manifest, table_bytes
 
@@ -108,6 +108,14 @@ def test_names_that_are_numbers_are_compared_with_each_other(source, tmp_path):
         part.source.store.manifest = replace(source.store.manifest, classes=names)
     with pytest.raises(UserError, match="label 2 is 10 in the first, 2 in the second"):
         count_classes(*held)
+
+
+def test_held_out_images_of_a_class_never_seen_are_said(source, capsys):
+    labels = labels_of(source)
+    train = SubsetSource(source, np.flatnonzero(labels == 0))
+    assert count_classes(train, source) == 2
+    assert f"{(labels == 1).sum()} of {len(labels)} held-out images are of classes" in capsys.readouterr().err
+    assert count_classes(source, train) == 2 and not capsys.readouterr().err
 
 
 def test_ids_are_no_classes(shards, tmp_path):

@@ -56,6 +56,11 @@ def test_a_run_that_would_learn_nothing_is_refused(images, batch, warmup, length
     assert says in str(caught.value) and "write" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_rate_that_would_rise_to_its_end_is_refused():
+    with pytest.raises(UserError, match=r"optim\.min_lr: 2 is above the peak learning rate, 1 "):
+        Plan(TrainConfig(global_batch_size=10), OptimConfig(min_lr=2, warmup_epochs=0), 1.0, 1000).check()
+
+
 def test_a_run_of_few_steps_that_says_so_is_told_what_its_warm_up_does(capsys):
     plan(1000, 10, 40, steps=20).check()
     assert "is 4e+03 updates, and the whole run 20: the learning rate rises to the end" in capsys.readouterr().err
