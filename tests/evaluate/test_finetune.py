@@ -213,11 +213,12 @@ def test_crops_are_the_recipes_and_else_the_runs(tmp_path):
     """Pretraining's scale of crops is not the recipe's; what a config or the command line says wins."""
     data = DataConfig("x", val_shards="y", crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), mean=(0.5,), std=(0.5,))
     write(tmp_path / "run", configs.Config(MODEL, data), dict(MAE(MODEL).state_dict()), {"file": "a test"})
+    (tmp_path / "c.yaml").write_text("data:\n  crop_scale: [1, 1]\n")
     for kind, name in ((FinetuneConfig, "finetune"), (LinearConfig, "linear")):
         for more, scale in (
             ([], (0.08, 1.0)),
             (["--data.crop_scale=[0.3,1]"], (0.3, 1.0)),
-            (["--config", str(CONFIGS / f"demo_{name}.yaml")], (1.0, 1.0)),
+            (["--config", str(tmp_path / "c.yaml")], (1.0, 1.0)),
         ):
             _, config = load(kind, name, [str(tmp_path / "run"), *more], batch=16, epochs=1)
             assert (config.data.crop_scale, config.data.crop_ratio) == (scale, (0.9, 1.1))
