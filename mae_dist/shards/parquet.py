@@ -87,7 +87,7 @@ def like_labels(schema: Any) -> list[str]:
 def open_file(path: str | Path) -> Any:
     """A pyarrow ParquetFile, read and not mapped: of a file that was cut short meanwhile a map is a fatal signal.
 
-    Raises UserError when it is none, OSError when the system cannot read it.
+    Raises UserError when it is none, or has two columns of one name, OSError when the system cannot read it.
     """
     with said(path):
         file = pq.ParquetFile(path, memory_map=False)

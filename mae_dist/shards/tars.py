@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mae_dist.errors import UserError
 from mae_dist.shards.encoded import shows_image
-from mae_dist.shards.notes import HIDDEN, IN_FOLDERS, Notes
+from mae_dist.shards.notes import HIDDEN, IN_FOLDERS, Notes, other_files
 from mae_dist.shards.samples import (
     SUFFIXES,
     File,
@@ -96,6 +96,8 @@ def _inside(outer: TarRange) -> tuple[list[TarRange], list[str], Notes]:
                         why = f"is {member.fault}" if member.fault else f"{why}, as n01440764.tar is one"
                         raise UserError(f"{outer.path}: {name} {why}; unpack it and give the directory")
                     found[stem] = member
+                else:
+                    notes.add(other_files(PurePosixPath(name).suffix[1:]), name)
         except BadTar as error:
             if found:  # else scan_tar finds the same
                 raise UserError(f"{outer.path}: {error}; download it again") from error

@@ -118,6 +118,15 @@ def test_many_suffixes_do_not_hide_what_matters(tmp_path):
     assert first.startswith("note: 1 classes that differ") and last.startswith("left out: 231 of 182 more kinds")
 
 
+def test_what_lies_beside_class_tars_in_a_tar_is_counted(tmp_path):
+    folder = put(tmp_path / "in", "n01440764.tar")
+    (folder / "n01443537.tar.gz").write_bytes(b"x")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(folder, ".")
+    shard(tmp_path / "x.tar", tmp_path / "out")
+    assert "1 images in = 1 stored; left out: 1 .gz files, by their suffix" in summary(tmp_path / "out")
+
+
 def test_folders_in_a_tar_are_said_to_be_no_classes(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(put(tmp_path / "in", "cat/a.jpg", "dog/a.jpg"), ".")
