@@ -36,7 +36,7 @@ from mae_dist.data.augment import augment
 from mae_dist.data.decode import decode
 from mae_dist.data.feed import Normalise
 from mae_dist.data.options import DataConfig
-from mae_dist.engine.base import param_groups
+from mae_dist.engine.optim import param_groups
 from mae_dist.model import MAE, MAEConfig
 from mae_dist.model.formats import convert
 from mae_dist.model.sizes import PAPERS_DECODER

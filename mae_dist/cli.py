@@ -125,12 +125,13 @@ def info(arguments: Sequence[str]) -> int:
 def pretrain(arguments: Sequence[str]) -> int:
     end_with_launcher()
     from mae_dist import config
-    from mae_dist.train.run import pretrain as run
+    from mae_dist.train.pretrain import pretrain as run
 
     return run(config.load(arguments))
 
 
 def knn(arguments: Sequence[str]) -> int:
+    end_with_launcher()
     parser = Parser(
         "mae-dist knn",
         "Exact k-NN accuracy of a run's frozen encoder, alone or on every process that launch/torchrun.sh starts.",
@@ -176,12 +177,14 @@ def knn(arguments: Sequence[str]) -> int:
 
 
 def linear(arguments: Sequence[str]) -> int:
+    end_with_launcher()
     from mae_dist.evaluate.linear import linear as probe
 
     return probe(arguments)
 
 
 def finetune(arguments: Sequence[str]) -> int:
+    end_with_launcher()
     from mae_dist.evaluate.finetune import finetune as tune
 
     return tune(arguments)

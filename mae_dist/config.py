@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from mae_dist.data.options import DataConfig
-from mae_dist.engine.base import OptimConfig
+from mae_dist.engine.optim import OptimConfig
 from mae_dist.engine.options import EngineConfig
 from mae_dist.errors import UserError, note
 from mae_dist.manual import MANUALS

@@ -131,7 +131,6 @@ FIRST = ("data.shards", "data.val_shards", "data.workers", "train.global_batch_s
          "train.epochs", "optim.blr")  # fmt: skip
 UNUSED = (
     "data.mode", "data.epoch_size", "data.fake", "data.fake_size", "data.repeated_aug", "train.knn_every",
-    "train.async_save", "train.spike_sigma", "train.watchdog",
 )  # fmt: skip
 FINETUNE = Manual(
     """\
@@ -173,6 +172,7 @@ SWEEP = dataclasses.replace(
         "data.lanes", "data.window", "optim.blr", "optim.weight_decay", "engine", "train.name", "train.seed",
         "train.micro_batch_size", "train.log_every", "train.eval_every", "train.save_every", "train.save_minutes",
         "train.keep_checkpoints", "train.keep_every", "train.max_skipped", "train.timeout", "train.accept_changes",
+        "train.async_save", "train.spike_sigma", "train.watchdog",
     ),
 )  # fmt: skip
 MANUALS = {

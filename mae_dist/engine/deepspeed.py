@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae_dist.engine.base import OptimConfig, Part, Precision, Shapes, StepResult, joined, param_groups
-from mae_dist.engine.update import Update, Updating, autocast, fused_adamw
+from mae_dist.engine.base import ParamState, Precision, StepResult, Trainable, blank, materialize
+from mae_dist.engine.optim import OptimizerConfig
+from mae_dist.engine.update import Updating, autocast
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
-from mae_dist.model import MAE
 
 BUCKET = 50_000_000  # numbers reduced at once: 200 MB of float32; DeepSpeed's own 2 GB are more than most ViTs have
 PERSISTENT = 100_000  # stage 3 keeps smaller parameters whole, as DeepSpeed does
@@ -67,13 +67,13 @@ def settings(stage: int, offload: bool, precision: Precision, accumulate: int) -
 class LossOf(nn.Module):
     """What DeepSpeed wraps. Its forward pass switches off an autocast around it, so autocast is inside."""
 
-    def __init__(self, model: MAE, precision: AbstractContextManager[Any]):
+    def __init__(self, module: Any, precision: AbstractContextManager[Any]):
         super().__init__()
-        self.model, self.precision = model, precision
+        self.module, self.precision = module, precision
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         with self.precision:
-            return self.model(images, noise).loss
+            return self.module(*inputs).loss
 
 
 class DeepSpeedEngine(Updating):
@@ -81,9 +81,9 @@ class DeepSpeedEngine(Updating):
 
     def __init__(
         self,
-        model: MAE,
+        module: Trainable,
         world: World,
-        optim: OptimConfig,
+        optim: OptimizerConfig,
         precision: Precision,
         accumulate: int = 1,
         stage: int = 2,
@@ -95,27 +95,37 @@ class DeepSpeedEngine(Updating):
         world.connect()
         self.utils: Any = utils
         self.gathered: Any = deepspeed.zero.GatheredParameters
-        self.model = model.to(world.device)
-        self.world, self.accumulate, self.stage, self.offload = world, accumulate, stage, offload
-        self.autocast = autocast(world.device, precision)
-        self.tensors: dict[str, Any] = self.model.state_dict(keep_vars=True)
-        self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        self.optimizer = fused_adamw(param_groups(model, optim.weight_decay), optim)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.update = Update(self.optimizer, world, optim.clip_grad, precision)
+        self.stage, self.offload = stage, offload
+        whole: Any = module
+        whole.to(world.device)
+        self.blank = blank(module.network)
+        super().__init__(module, world, optim, precision, accumulate)
+        self._check(optim)
         self.optimizer.register_step_pre_hook(self._before_update)
         self.armed = True  # stage 3 begins with a step on zeros: unarmed, it would count
         self.norm = torch.zeros((), device=world.device)
         self.engine: Any = deepspeed.initialize(
-            model=LossOf(self.model, autocast(world.device, precision)),
+            model=LossOf(module, autocast(world.device, precision)),
             optimizer=self.optimizer,
             config=settings(stage, offload, precision, accumulate),
         )[0]
         self._begin_moments()
 
-    def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
+    def _check(self, optim: OptimizerConfig) -> None:
+        if self.stage and not self.entry.elementwise:
+            raise UserError(
+                f"engine.zero_stage: {self.stage} cuts parameters into pieces, and {type(self.optimizer).__name__} "
+                "needs them whole; write engine.zero_stage 0, or engine.name ddp"
+            )
+        if self.stage == 3 and self.average:
+            raise UserError(
+                f"optim.ema: {optim.ema}: a moving average needs whole weights, which engine.zero_stage 3 cuts; write "
+                "engine.zero_stage 2, or engine.name fsdp"
+            )
+
+    def forward_backward(self, *inputs: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = self.engine(images, noise) / self.accumulate
+        loss = self.engine(*inputs) / self.accumulate
         self.engine.backward(self.update.scaled(loss), scale_wrt_gas=False)
 
     @torch.no_grad()
@@ -127,7 +137,7 @@ class DeepSpeedEngine(Updating):
         if not self.armed:  # DeepSpeed itself found, on every rank, that the norm of the gradient is not finite
             self.norm, self.update.bad = torch.full_like(self.norm, torch.inf), torch.ones_like(self.norm)
             self.armed = True
-        return self.update.result(self.norm)
+        return self.finish(self.norm)
 
     def _before_update(self, *_: Any) -> None:
         """Called before each step of AdamW, of which DeepSpeed makes one a parameter group; the first one arms all."""
@@ -140,12 +150,18 @@ class DeepSpeedEngine(Updating):
             norm = self.engine.optimizer._global_grad_norm.to(self.world.device, torch.float32).reshape(())
         self.norm = self.update.arm(norm)
         if self.offload:
-            scale: Tensor | None = self.optimizer.grad_scale  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = None if scale is None else scale.cpu()  # type: ignore[attr-defined]
-            self.optimizer.found_inf = self.update.bad.cpu()  # type: ignore[attr-defined]
+            scale: Tensor | None = self.optimizer.grad_scale
+            self.optimizer.grad_scale = None if scale is None else scale.cpu()
+            self.optimizer.found_inf = self.update.bad.cpu()
 
-    def replica(self) -> MAE:
-        return self.model if self.stage < 3 else joined(self.model.config, self.world.device, self._weight)
+    def replica(self) -> Any:
+        if self.stage < 3 and not self.average:
+            return self.model
+        return materialize(
+            self.blank,
+            self.world.device,
+            lambda name: self.average[name] if name in self.average else self._weight(name),
+        )
 
     def _weight(self, name: str) -> Tensor:
         tensor = self.tensors[name]
@@ -154,19 +170,18 @@ class DeepSpeedEngine(Updating):
         with self.gathered([tensor]):
             return tensor.detach().clone()
 
-    def gather(self, name: str) -> Part:
+    def gather(self, name: str) -> ParamState:
         tensor, weight = self.tensors[name], self._weight(name)
         if not tensor.requires_grad:
-            return Part(weight, None)
-        if self.stage == 0:
-            state = self.optimizer.state[tensor]
-            return Part(weight, (state["exp_avg"], state["exp_avg_sq"]))
-        whole = self.utils.safe_get_full_optimizer_state
-        return Part(weight, (whole(tensor, "exp_avg"), whole(tensor, "exp_avg_sq")))
+            return ParamState(weight, {})
+        kept = self.kept(name)  # at stage 0 everything, else the moving average
+        if self.stage:
+            kept |= {key: self.utils.safe_get_full_optimizer_state(tensor, key) for key in self.entry.state_names}
+        return ParamState(weight, kept)
 
     @torch.no_grad()
-    def put(self, name: str, part: Part) -> None:
-        tensor, weight = self.tensors[name], part.weight.to(self.world.device)
+    def scatter(self, name: str, whole: ParamState) -> None:
+        tensor, weight = self.tensors[name], whole.weight.to(self.world.device)
         if self.stage < 3:
             tensor.copy_(weight)
         else:
@@ -174,16 +189,17 @@ class DeepSpeedEngine(Updating):
                 tensor.copy_(weight)
         if not tensor.requires_grad:
             return
-        self._set(tensor, weight, None)
-        for key, moment in zip(("exp_avg", "exp_avg_sq"), part.moments or (), strict=False):
-            self._set(tensor, moment.to(self.world.device), key)
+        pieces = {key: value.to(self.world.device) for key, value in whole.state.items()}
+        cut = set(self.entry.state_names) if self.stage else set()
+        self.keep(name, {key: piece for key, piece in pieces.items() if key not in cut})
+        if cut:
+            self._set(tensor, weight, None)
+        for key in pieces.keys() & cut:
+            self._set(tensor, pieces[key], key)
 
     def _set(self, tensor: Any, value: Tensor, key: str | None) -> None:
-        """Write AdamW's copy of a parameter (key None) or one of its moments: this rank's part of the whole `value`."""
-        if self.stage == 0:
-            if key:
-                self.optimizer.state[tensor][key].copy_(value)
-        elif self.stage < 3:
+        """Write the optimizer's copy of a parameter (key None) or some of its state: this rank's part of `value`."""
+        if self.stage < 3:
             utils = self.utils
             setter = utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param
             setter(tensor, value, *([key] if key else []))
@@ -203,9 +219,8 @@ class DeepSpeedEngine(Updating):
         if self.stage:
             flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         for tensor in flat:
-            moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            step = self.update.done.to(tensor.device, copy=True)
-            self.optimizer.state[tensor] = {"step": step} | moments
+            zeros = {key: torch.zeros_like(tensor, requires_grad=False) for key in self.entry.state_names}
+            self.optimizer.state[tensor] = self.entry.state(zeros, self.update.done.to(tensor.device))
         if self.stage in (1, 2):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mae_dist.engine.base import OptimConfig, Part, Precision, Shapes, StepResult, joined, param_groups
-from mae_dist.engine.update import Update, Updating, autocast, fused_adamw
+from mae_dist.engine.base import ParamState, Precision, StepResult, Trainable, blank, materialize
+from mae_dist.engine.optim import OptimizerConfig
+from mae_dist.engine.update import Updating
 from mae_dist.engine.world import World
-from mae_dist.model import MAE
 
 # The ids that a pass returns are views, and nobody writes into them.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -25,55 +25,51 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 class FSDPEngine(Updating):
     """See `Engine`. The optimizer works on plain tensors: this rank's pieces of the parameters."""
 
-    def __init__(self, model: MAE, world: World, optim: OptimConfig, precision: Precision, accumulate: int = 1):
+    def __init__(
+        self, module: Trainable, world: World, optim: OptimizerConfig, precision: Precision, accumulate: int = 1
+    ):
         world.connect()
-        self.world, self.accumulate = world, accumulate
-        self.autocast = autocast(world.device, precision)
-        self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.mesh = init_device_mesh(world.device.type, (world.size,))
-        self.model: Any = model.to(world.device)
-        # The last decoder block is taken apart by MAE and never called, so it belongs to the model itself.
-        for block in [*self.model.encoder.blocks, *self.model.dec_blocks[:-1]]:
+        self.module: Any = module
+        self.module.to(world.device)
+        self.blank = blank(module.network)
+        for block in module.blocks:
             fully_shard(block, mesh=self.mesh)
-        fully_shard(self.model, mesh=self.mesh)
-        self.tensors: dict[str, Any] = self.model.state_dict(keep_vars=True)
-        groups = param_groups(self.model, optim.weight_decay)
-        self.sharded: list[Any] = [p for group in groups for p in group["params"]]
-        self.pieces = {id(p): p.detach().to_local() for p in self.sharded}
-        pieces = [group | {"params": [self.pieces[id(p)] for p in group["params"]]} for group in groups]
-        self.optimizer = fused_adamw(pieces, optim)
-        self.update = Update(self.optimizer, world, optim.clip_grad, precision)
+        fully_shard(self.module, mesh=self.mesh)
+        super().__init__(module, world, optim, precision, accumulate, local_piece)
+        if not self.entry.elementwise:
+            cut: dict[int, Any] = {id(self.pieces[id(p)]): p for p in self.trained}
+            self.optimizer.whole = lambda parameter, piece: self._join(cut[id(parameter)], piece)
 
-    def forward_backward(self, images: Tensor, noise: Tensor, last: bool) -> None:
-        self.model.set_requires_gradient_sync(last)
+    def forward_backward(self, *inputs: Tensor, last: bool) -> None:
+        self.module.set_requires_gradient_sync(last)
         with self.autocast:
-            loss = self.model(images, noise).loss / self.accumulate
+            loss = self.module(*inputs).loss / self.accumulate
         self.update.scaled(loss).backward()
 
     @torch.no_grad()
     def step(self, lr: float, veto: Tensor | None = None) -> StepResult:
         self.update.veto = veto
-        for p in self.sharded:
+        for p in self.trained:
             self.pieces[id(p)].grad = p.grad.to_local()
-        local = torch.nn.utils.get_total_norm([piece.grad for piece in self.pieces.values()])
+        local = torch.nn.utils.get_total_norm([piece.grad for piece in self.pieces.values() if piece.grad is not None])
         norm = self.update.arm(self.world.sum(local.square()).sqrt())
         self.update.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
-        return self.update.result(norm)
+        self.module.zero_grad(set_to_none=True)
+        return self.finish(norm)
 
-    def replica(self) -> MAE:
-        return joined(self.model.config, self.world.device, lambda name: self.tensors[name].detach().full_tensor())
+    def replica(self) -> Any:
+        return materialize(self.blank, self.world.device, self._evaluated)
 
-    def gather(self, name: str) -> Part:
+    def _evaluated(self, name: str) -> Tensor:
+        tensor = self.tensors[name].detach()
+        return self._join(tensor, self.average[name]) if name in self.average else whole(tensor)
+
+    def gather(self, name: str) -> ParamState:
         tensor: Any = self.tensors[name].detach()
-        piece = self.pieces.get(id(self.tensors[name]))
-        state = self.optimizer.state.get(piece) if piece is not None else None
-        return Part(
-            tensor.full_tensor(),
-            (self._join(tensor, state["exp_avg"]), self._join(tensor, state["exp_avg_sq"])) if state else None,
-        )
+        return ParamState(whole(tensor), {key: self._join(tensor, piece) for key, piece in self.kept(name).items()})
 
     def _join(self, like: Any, piece: Tensor) -> Tensor:
         """The whole of what is cut as `like` is."""
@@ -82,16 +78,25 @@ class FSDPEngine(Updating):
         ).full_tensor()
 
     @torch.no_grad()
-    def put(self, name: str, part: Part) -> None:
+    def scatter(self, name: str, whole: ParamState) -> None:
         tensor = self.tensors[name]
-        tensor.to_local().copy_(self._cut(part.weight))
-        if part.moments:
-            exp_avg, exp_avg_sq = map(self._cut, part.moments)
-            state = {"step": self.update.done.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-            self.optimizer.state[self.pieces[id(tensor)]] = state
+        if isinstance(tensor, DTensor):
+            tensor.to_local().copy_(self._cut(whole.weight))
+        else:  # a buffer
+            tensor.copy_(whole.weight)
+        self.keep(name, {key: self._cut(value) for key, value in whole.state.items()})
 
     def _cut(self, tensor: Tensor) -> Tensor:
         """This rank's piece, on the device: rows, as FSDP2 deals them."""
         rows = tensor.chunk(self.world.size)
         mine = rows[self.world.rank] if self.world.rank < len(rows) else tensor[:0]
         return mine.to(self.world.device, copy=True, memory_format=torch.contiguous_format)
+
+
+def local_piece(parameter: Any) -> Tensor:
+    return parameter.detach().to_local()
+
+
+def whole(tensor: Any) -> Tensor:
+    """A parameter that is cut, or a buffer, which every rank has."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

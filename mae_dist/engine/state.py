@@ -1,15 +1,16 @@
-"""What a checkpoint holds, the same for every engine and world size: weights, AdamW's two moments, a few counters.
+"""What a checkpoint holds, the same for every engine and world size: weights, what the optimizer keeps, a few counters.
 
 Tensors are whole and named by parameter, in safetensors files: `model.safetensors` has every weight (float32), and
-each rank writes the moments of its share of the parameters. So a run may go on with another engine, another ZeRO stage
-or another number of processes, and nothing read from a checkpoint is ever unpickled.
+each rank writes `exp_avg.NAME` and so on of its share of the parameters. So a run may go on with another engine,
+another ZeRO stage or another number of processes, and nothing read from a checkpoint is ever unpickled.
 """
 
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mae_dist.engine.base import Engine, Part, Shapes
+from mae_dist.engine.base import Engine, ParamState, Shapes
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
 from mae_dist.model import MAE
 
 WEIGHTS = "model.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTER = "counter."
+OLD_PREFIXES = {"ema.safetensors": "ema."}  # of fine-tuning, once: its moving average had a file of its own
 
 
 class Snapshot(NamedTuple):
@@ -34,8 +35,8 @@ class Snapshot(NamedTuple):
 
     weights: dict[str, Tensor]
     """All of them on rank 0, none elsewhere."""
-    moments: dict[str, Tensor]
-    """`exp_avg.NAME`, `exp_avg_sq.NAME` of this rank's share; on rank 0 the counters too."""
+    kept: dict[str, Tensor]
+    """`exp_avg.NAME` and so on of this rank's share; on rank 0 the counters too."""
     rank: int
     world_size: int
     broken: str = ""
@@ -44,7 +45,7 @@ class Snapshot(NamedTuple):
     def write(self, directory: Path) -> list[Path]:
         """Write this rank's files into an existing directory; returns them. Talks to no other rank. Raises OSError."""
         share = directory / f"optimizer-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
-        files = {share: self.moments} | ({directory / WEIGHTS: self.weights} if self.weights else {})
+        files = {share: self.kept} | ({directory / WEIGHTS: self.weights} if self.weights else {})
         for path, tensors in files.items():
             save_tensors(tensors, path)
         return list(files)
@@ -76,19 +77,19 @@ def capture(engine: Engine, counters: Mapping[str, Tensor] = MappingProxyType({}
     """
     world = engine.world
     owners = shares(engine.shapes, world.size)
-    weights, moments, good = {}, {}, []
+    weights, kept, good = {}, {}, []
     for name in engine.shapes:
-        part = engine.gather(name)
-        good += [finite(part.weight, *(part.moments or ()))]
+        whole = engine.gather(name)
+        good += [finite(whole.weight, *whole.state.values())]
         if world.is_main:
-            weights[name] = to_host(part.weight.float())
-        if part.moments and owners[name] == world.rank:
-            moments |= {f"{key}.{name}": to_host(m) for key, m in zip(MOMENTS, part.moments, strict=True)}
+            weights[name] = to_host(whole.weight.float())
+        if owners[name] == world.rank:
+            kept |= {f"{key}.{name}": to_host(tensor) for key, tensor in whole.state.items()}
     if world.is_main:
-        moments |= {COUNTER + name: to_host(value) for name, value in (engine.counters() | dict(counters)).items()}
+        kept |= {COUNTER + name: to_host(value) for name, value in (engine.counters() | dict(counters)).items()}
     if world.device.type == "cuda":
         torch.cuda.synchronize()
-    return Snapshot(weights, moments, world.rank, world.size, first_broken(engine.shapes, good, world))
+    return Snapshot(weights, kept, world.rank, world.size, first_broken(engine.shapes, good, world))
 
 
 def finite(*tensors: Tensor) -> Tensor:
@@ -103,9 +104,9 @@ def first_broken(names: Iterable[str], good: list[Tensor], world: World) -> str:
 
 
 def broken(engine: Engine) -> str:
-    """The first entry of a run's state, weights and moments, that is not finite; empty: none is. Collective."""
-    parts = (engine.gather(name) for name in engine.shapes)
-    return first_broken(engine.shapes, [finite(part.weight, *(part.moments or ())) for part in parts], engine.world)
+    """The first entry of a run's state that is not finite, itself or what is kept of it; empty: none. Collective."""
+    wholes = (engine.gather(name) for name in engine.shapes)
+    return first_broken(engine.shapes, [finite(w.weight, *w.state.values()) for w in wholes], engine.world)
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -116,12 +117,12 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 
 def state_bytes(engine: Engine) -> int:
-    """Of a checkpoint: a weight and two moments, float32."""
-    return 12 * sum(map(math.prod, engine.shapes.values()))
+    """Of a checkpoint, at most: weights and what is kept of each, float32."""
+    return 4 * (1 + len(engine.optimizer_state)) * sum(map(math.prod, engine.shapes.values()))
 
 
 def shares(shapes: Shapes, world_size: int) -> dict[str, int]:
-    """The rank that writes each parameter's moments: neighbours together, about as many numbers a rank."""
+    """The rank that writes what is kept of each parameter: neighbours together, about as many numbers a rank."""
     total, before, owners = sum(map(math.prod, shapes.values())), 0, {}
     for name, shape in shapes.items():
         owners[name] = before * world_size // total
@@ -144,15 +145,18 @@ def restore(engine: Engine, directory: Path) -> dict[str, Tensor]:
     """
     check_shapes(directory, engine.shapes)
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
-        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (a file handle, no dict)
-        counters = {key.removeprefix(COUNTER): place[key].get_tensor(key) for key in place if COUNTER in key}
+        place: dict[str, Callable[[], Tensor]] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            file, prefix = stack.enter_context(safe_open(path, "pt")), OLD_PREFIXES.get(path.name, "")
+            place |= {prefix + key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        counters = {key.removeprefix(COUNTER): read() for key, read in place.items() if key.startswith(COUNTER)}
         engine.set_counters(counters)
         for name in engine.shapes:
-            moments = [place[key].get_tensor(key) for key in (f"{m}.{name}" for m in MOMENTS) if key in place]
-            weight = place[name].get_tensor(name)
-            check_finite(dict(zip((name, *MOMENTS), (weight, *moments), strict=False)), directory)
-            engine.put(name, Part(weight, (moments[0], moments[1]) if moments else None))
+            keys = {kind: f"{kind}.{name}" for kind in engine.optimizer_state if f"{kind}.{name}" in place}
+            state = {kind: place[key]() for kind, key in keys.items()}
+            weight = place[name]()
+            check_finite({name: weight} | {keys[kind]: tensor for kind, tensor in state.items()}, directory)
+            engine.scatter(name, ParamState(weight, state))
     return counters
 
 

@@ -7,16 +7,19 @@ for bit.
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mae_dist.engine.base import OptimConfig, Precision, StepResult
+from mae_dist.engine.base import Precision, Shapes, StepResult, Trainable
+from mae_dist.engine.optim import OptimizerConfig
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
 
+AVERAGE = "ema"
 FIRST_SCALE, GROW_AFTER = 2.0**16, 2000  # of the fp16 loss: doubled after so many good steps, halved on overflow
 
 
@@ -24,10 +27,6 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     """bf16 and fp16 run under autocast with float32 weights."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def fused_adamw(groups: list[dict], optim: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -47,14 +46,6 @@ def check_compiler(device: torch.device) -> None:
             return
         needed = "a C compiler (gcc, clang, or the one that CC names)"
     raise UserError(f"engine.compile: needs {needed}, and finds none here; install one, or leave it out")
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile for each block alone: all blocks of one width share what is compiled."""
-    parts: Any = model
-    for block in [*parts.encoder.blocks, *parts.dec_blocks[:-1]]:
-        block.compile()
-    parts._last_block = torch.compile(parts._last_block)
 
 
 class Update:
@@ -111,9 +102,67 @@ class Update:
 
 
 class Updating:
-    """What every engine has of its `update`."""
+    """What every engine has: the model's state by name, an optimizer, an `update`, a moving average if asked for.
 
-    update: Update
+    `piece`: what of a parameter the optimizer of this rank works on.
+    """
+
+    average: dict[str, Tensor]
+    """This rank's pieces of the moving average of the trained parameters, by name; empty: there is none."""
+
+    def __init__(
+        self,
+        module: Trainable,
+        world: World,
+        optim: OptimizerConfig,
+        precision: Precision,
+        accumulate: int,
+        piece: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+    ):
+        self.world, self.accumulate = world, accumulate
+        self.autocast = autocast(world.device, precision)
+        self.model: Any = module.network
+        self.tensors: dict[str, Any] = self.model.state_dict(keep_vars=True)
+        self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.entry = optim.optimizer(self.model)
+        self.trained: list[Any] = [p for group in self.entry.groups for p in group["params"]]
+        self.pieces = {id(p): piece(p) for p in self.trained}
+        groups = [group | {"params": [self.pieces[id(p)] for p in group["params"]]} for group in self.entry.groups]
+        self.optimizer: Any = self.entry.make(groups)
+        self.update = Update(self.optimizer, world, optim.clip_grad, precision)
+        self.decay = optim.ema
+        self.average = {} if self.decay is None else {name: p.detach().clone() for name, p in self._followed()}
+        self.optimizer_state = (*self.entry.state_names, *([AVERAGE] if self.average else []))
+
+    def _followed(self) -> Iterator[tuple[str, Tensor]]:
+        """The pieces that the moving average follows, by name."""
+        return ((name, self.pieces[id(t)]) for name, t in self.tensors.items() if id(t) in self.pieces)
+
+    def finish(self, norm: Tensor) -> StepResult:
+        """After the optimizer's step: move the average, but not after an update that was skipped; count."""
+        if self.decay is not None:
+            weight = (1 - self.decay) * (1 - self.update.bad)
+            for name, now in self._followed():
+                self.average[name].lerp_(now, weight)
+        return self.update.result(norm)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """This rank's pieces of what is kept of a parameter, by the names of `optimizer_state`."""
+        state = self.optimizer.state.get(self.pieces.get(id(self.tensors[name])), {})
+        held = {key: state[key] for key in self.entry.state_names if key in state}
+        return held | ({AVERAGE: self.average[name]} if name in self.average else {})
+
+    @torch.no_grad()
+    def keep(self, name: str, pieces: dict[str, Tensor]) -> None:
+        """The opposite of `kept`: take this rank's pieces, on its device. What there is not of a name begins anew."""
+        piece = self.pieces.get(id(self.tensors[name]))
+        if piece is None:
+            return
+        if name in self.average:
+            self.average[name].copy_(pieces.get(AVERAGE, piece))
+        named = {key: pieces[key] for key in self.entry.state_names if key in pieces}
+        if len(named) == len(self.entry.state_names):
+            self.optimizer.state[piece] = self.entry.state(named, self.update.done)
 
     @property
     def loss(self) -> Tensor:

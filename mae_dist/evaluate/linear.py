@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from mae_dist.data import Batch
 from mae_dist.engine import World
+from mae_dist.engine.update import autocast
 from mae_dist.errors import UserError
-from mae_dist.evaluate.features import Extract, extractor
-from mae_dist.evaluate.lars import LARS
-from mae_dist.evaluate.learner import Learner
+from mae_dist.evaluate.features import extractor
+from mae_dist.evaluate.finetune import Loss
 from mae_dist.evaluate.options import LinearConfig, SweepConfig
-from mae_dist.evaluate.supervised import load, train
+from mae_dist.evaluate.supervised import Supervised, load
 from mae_dist.evaluate.sweep import EPS, first_weight, sweep
+from mae_dist.train.run import run
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -38,40 +39,66 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         return (input - mean) * (variance + self.eps).rsqrt()
 
 
-class LinearProbe(Learner):
-    """A head on features that are never trained; `features`: normalised images (B, C, H, W) to (B, D)."""
+class Head(nn.Module):
+    """Batch norm and a linear layer, and the loss of features (B, D) and labels (B,)."""
 
-    def __init__(
-        self, features: Extract, dim: int, config: LinearConfig, world: World, num_classes: int, accumulate: int
-    ):
+    def __init__(self, dim: int, num_classes: int, world: World, seed: int):
+        super().__init__()
         linear = nn.Linear(dim, num_classes)
-        linear.load_state_dict(
-            {"weight": first_weight(dim, num_classes, config.train.seed), "bias": torch.zeros(num_classes)}
-        )
-        head = nn.Sequential(GlobalBatchNorm(dim, world), linear).to(world.device)
-        optim = config.optim
-        optimizer = LARS(head.parameters(), weight_decay=optim.weight_decay, momentum=optim.momentum)
-        super().__init__(head, optimizer, world, config.train.precision, accumulate)
-        self.features = features
-        self.waiting: list[tuple[Tensor, Tensor]] = []  # micro-batches of this global batch
+        linear.load_state_dict({"weight": first_weight(dim, num_classes, seed), "bias": torch.zeros(num_classes)})
+        self.head = nn.Sequential(GlobalBatchNorm(dim, world), linear)
 
-    def forward_backward(self, images: Tensor, batch: Batch, last: bool) -> None:
-        with torch.no_grad(), self.autocast:
+    @property
+    def network(self) -> nn.Sequential:
+        return self.head
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def compile_blocks(self) -> None:
+        """Nothing: what costs time is the encoder, which is not trained."""
+
+    def forward(self, features: Tensor, labels: Tensor) -> Loss:
+        """In float32 whatever the encoder computes in."""
+        with torch.autocast(features.device.type, enabled=False):
+            return Loss(F.cross_entropy(self.head(features), labels))
+
+
+class Probing(Supervised):
+    """See `Objective`: the head alone is trained, on features of the frozen encoder."""
+
+    config: LinearConfig
+
+    @torch.no_grad()
+    def build(self, world: World, accumulate: int) -> Head:
+        kind = "untrained" if self.config.network.init == "none" else "pretrained"
+        self.features = extractor(kind, self.config.network.pool, self.pretrained, world.device)
+        blank = torch.zeros(1, self.model.in_chans, *self.model.height_width, device=world.device)
+        dim, self.autocast = self.features(blank).shape[1], autocast(world.device, self.config.train.precision)
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # micro-batches of this global batch
+        self.accumulate = accumulate
+        return Head(dim, self.num_classes, world, self.config.train.seed)
+
+    def passes(self, accumulate: int) -> int:
+        """One: the statistics of its batch norm are those of the global batch."""
+        return 1
+
+    @torch.no_grad()
+    def inputs(self, images: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        with self.autocast:
             self.waiting.append((self.features(images).float(), batch.labels))
-        if not last:
-            return
+        if len(self.waiting) < self.accumulate:
+            return None
         features, labels = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
         self.waiting = []
-        self.model.train()
-        self.update.scaled(F.cross_entropy(self.model(features), labels)).backward()
-        for p in self.named:
-            assert p.grad is not None
-            self.world.sum(p.grad).div_(self.world.size)
+        return features, labels
 
-    def predict(self, images: Tensor) -> Tensor:
-        with torch.no_grad(), self.autocast:
+    def logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        with torch.no_grad():
             features = self.features(images).float()
-        return self.model.eval()(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return network(features)
 
 
 def linear(arguments: Sequence[str]) -> int:
@@ -86,14 +113,4 @@ def linear(arguments: Sequence[str]) -> int:
         return sweep(pretrained, config)
     if config.sweep != SweepConfig():
         raise UserError("sweep: set, but this is no sweep; add --sweep, or leave the section out")
-
-    def make(world: World, num_classes: int, accumulate: int) -> LinearProbe:
-        kind = "untrained" if config.network.init == "none" else "pretrained"
-        model = pretrained.config.model
-        with torch.no_grad():
-            features = extractor(kind, config.network.pool, pretrained, world.device)
-            blank = torch.zeros(1, model.in_chans, *model.height_width, device=world.device)
-            dim = features(blank).shape[1]
-        return LinearProbe(features, dim, config, world, num_classes, accumulate)
-
-    return train(pretrained, config, make)
+    return run(Probing(pretrained, config))

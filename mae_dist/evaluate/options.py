@@ -5,8 +5,12 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from mae_dist.data import DataConfig
-from mae_dist.engine.base import LEARNING
+from mae_dist.engine.lars import lars
+from mae_dist.engine.optim import LEARNING, LearningRate, Optimizer, adamw, layer_groups
+from mae_dist.engine.options import EngineConfig
 from mae_dist.errors import UserError
 from mae_dist.evaluate.features import Pool
 from mae_dist.ranges import COUNT, SEED, check_numbers
@@ -83,7 +87,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneOptim:
+class FinetuneOptim(LearningRate):
     """AdamW with warm-up and a cosine, the learning rate lower for earlier blocks."""
 
     blr: float = 5e-4
@@ -109,9 +113,12 @@ class FinetuneOptim:
         "betas": "[0, 1)", "layer_decay": "(0, 1]", "clip_grad": "[1e-12, 1e12]", "ema": "(0, 1)",
     }  # fmt: skip
 
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return adamw(layer_groups(model, self.weight_decay, self.layer_decay), self.betas)
+
 
 @dataclass(frozen=True)
-class LinearOptim:
+class LinearOptim(LearningRate):
     """LARS with warm-up and a cosine."""
 
     blr: float = 0.1
@@ -128,6 +135,17 @@ class LinearOptim:
     """Added to the gradient of the weights, as a share of them."""
 
     RANGES: ClassVar = LEARNING | {"momentum": "[0, 1)"}
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return lars(model, self.weight_decay, self.momentum)
+
+    @property
+    def clip_grad(self) -> None:
+        """The recipe has none."""
+
+    @property
+    def ema(self) -> None:
+        """Nor a moving average."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +180,7 @@ class FinetuneConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: FinetuneOptim = field(default_factory=FinetuneOptim)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def check(self, in_chans: int) -> None:
@@ -189,6 +208,7 @@ class LinearConfig:
     optim: LinearOptim = field(default_factory=LinearOptim)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def check(self, in_chans: int) -> None:
@@ -210,6 +230,7 @@ def check_common(config: FinetuneConfig | LinearConfig, in_chans: int) -> None:
     if labels.per_class is not None and labels.fraction != 1:
         raise UserError(f"labels.fraction: {labels.fraction}, but labels.per_class is set too; leave one of them out")
     train.check()
+    config.engine.check()
     config.track.check()
     if data.val_shards is None:
         raise UserError("data.val_shards: evaluation needs held-out labelled shards: --data.val_shards SHARDS")

@@ -18,11 +18,11 @@ from mae_dist import config as configs
 from mae_dist.data import labels_of, subset
 from mae_dist.data.labels import Ints, choose
 from mae_dist.engine import World
+from mae_dist.engine.lars import trust
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.evaluate.features import extract
 from mae_dist.evaluate.knn import asked, labelled_sources, metric
-from mae_dist.evaluate.lars import trust
 from mae_dist.evaluate.options import LinearConfig
 from mae_dist.evaluate.tracked import logged, name_of
 from mae_dist.shards.order import SampleOrder

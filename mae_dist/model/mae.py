@@ -226,6 +226,22 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         vit.pos_embed = nn.Parameter(enc_pos, requires_grad=False)  # (1, 1+N, D)
 
+    @property
+    def network(self) -> "MAE":
+        return self
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those that are called as a whole: all but the last of the decoder."""
+        vit: Any = self.encoder
+        return [*vit.blocks, *self.dec_blocks[:-1]]
+
+    def compile_blocks(self) -> None:
+        """torch.compile for each block alone: all blocks of one width share what is compiled."""
+        for block in self.blocks:
+            block.compile()
+        self._last_block = torch.compile(self._last_block)
+
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Project (B, K, p*p*C) patches, add their (B or 1, K, D) positions, put the class token in front."""
         vit: Any = self.encoder

@@ -5,7 +5,7 @@ What a run is, its checkpoints say (`meta.json`); the `config.yaml` beside them 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from mae_dist.errors import UserError, note
 from mae_dist.local import write_file
 from mae_dist.track.journal import FILE_NAME, Journal, read
 from mae_dist.train.checkpoint import DAMAGED, check_alien, committed, read_meta
-from mae_dist.train.knn import KNN
-from mae_dist.train.schedule import Plan
-from mae_dist.train.validate import PICTURE
+from mae_dist.train.objective import Evaluation
 from mae_dist.values import read_file
 
 # What may differ when a run goes on: how it is cut, watched and stored, never what it computes.
@@ -170,16 +168,12 @@ def lost(run_dir: Path) -> str:
     return f"the journal of this run has {steps} steps" if steps and saved else ""
 
 
-def unmeasured(config: Any, plan: Plan) -> set[str]:
-    """What was due after the update it goes on from and is not in the journal: a stop signal came.
-
-    PICTURE (and loss), KNN.
-    """
-    last, path, every = plan.start >= plan.total, config.train.run_dir / FILE_NAME, config.train.knn_every
-    due = {PICTURE} if last or plan.start % config.train.eval_every == 0 else set()
-    due |= {KNN} if every and (last or plan.completes(plan.start, every)) else set()
-    records = [r for r in (read(path) if due and path.is_file() else ()) if r.get("step") == plan.start]
-    return due.difference((r.get("key", "") for r in records), *(r.get("metrics", ()) for r in records))
+def unmeasured(run_dir: Path, step: int, evaluations: Sequence[Evaluation]) -> list[int]:
+    """Which of the evaluations were due after `step`, from which the run resumes, and are not in the journal."""
+    path = run_dir / FILE_NAME
+    records = [record for record in (read(path) if path.is_file() else ()) if record.get("step") == step]
+    there = {record.get("key", "") for record in records}.union(*(record.get("metrics", ()) for record in records))
+    return [i for i, evaluation in enumerate(evaluations) if evaluation.due(step) and evaluation.key not in there]
 
 
 def open_journal(config: Any, start: int) -> Journal:

@@ -1,6 +1,5 @@
 """From a config to a finished run: build everything, resume, train, and say how it ended."""
 
-import dataclasses
 import math
 import os
 import signal
@@ -10,28 +9,27 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import mae_dist
-from mae_dist.config import Config
-from mae_dist.data import BadSamples, ImageStream, Source, open_sources
+from mae_dist.data import BadSamples, ImageStream, Source
 from mae_dist.data.resampled import ResampledStream
 from mae_dist.data.ring import Ring
 from mae_dist.engine import Engine, World, build_engine, capture, restore, state_bytes
 from mae_dist.errors import Ended, UserError
 from mae_dist.launched import rank_or_zero
-from mae_dist.model import MAE
 from mae_dist.model.sizes import check_fits
-from mae_dist.track.journal import read
+from mae_dist.track.journal import FILE_NAME, Journal, read
 from mae_dist.track.place import how_to_watch
 from mae_dist.track.tracker import MLflowTracker
 from mae_dist.train.alone import alone
 from mae_dist.train.checkpoint import Checkpoints
 from mae_dist.train.goodput import goodput
 from mae_dist.train.health import Health
-from mae_dist.train.knn import IMAGES, KNN, KnnWatch
 from mae_dist.train.loop import Run, train
+from mae_dist.train.objective import Objective, Setup
 from mae_dist.train.peers import FAILED, LEFT, MISTAKE, STOPPED
 from mae_dist.train.resume import (
     check_lost,
@@ -46,29 +44,24 @@ from mae_dist.train.resume import (
 from mae_dist.train.saving import Saver
 from mae_dist.train.schedule import Plan
 from mae_dist.train.stop import Stopped, StopRequest
-from mae_dist.train.validate import PICTURE, PICTURED, Validation
 from mae_dist.train.watchdog import ECHO, RankLost, Watchdog, brief, is_echo
 from mae_dist.urls import masked
 
 
-def pretrain(config: Config) -> int:
+def run(objective: Objective) -> int:
     """Train, or go on training, on all the processes of this world. Returns the exit status.
 
     0: complete. 128 + n: stopped by signal n, everything saved. Raises UserError for a user's mistake, before the first
     step wherever it can be seen then, TrainingDiverged when numbers stay bad, and RankLost when another rank ended.
     """
-    config.check()
-    config = config.with_epoch_size()
-    config = dataclasses.replace(config, data=config.data.absolute(), track=config.track.absolute())
+    config = objective.config
     Ring.limit = 0.8 * config.train.timeout  # so that the rank whose workers stand still says so before others give up
     stop = StopRequest()
     code = 0
     try:
         world = World.join(config.train.device)
-        accumulate = config.train.accumulate(world.size, config.data.repeated_aug)
-        sources = open_sources(config.data, config.model.height_width, config.model.in_chans)
         with ExitStack() as stack:
-            _train(config, world, accumulate, sources, stop, stack)
+            _train(objective, world, stop, stack)
         world.leave()  # not after an error: the other ranks may hang in what this would wait for
     except Stopped as stopped:
         code = 128 + stopped.signal
@@ -83,25 +76,20 @@ def pretrain(config: Config) -> int:
     return code
 
 
-def _train(
-    config: Config,
-    world: World,
-    accumulate: int,
-    sources: tuple[Source, Source | None],
-    stop: StopRequest,
-    stack: ExitStack,
-) -> None:
+def _train(objective: Objective, world: World, stop: StopRequest, stack: ExitStack) -> None:
+    config = objective.config
     run_dir, batch = config.train.run_dir, config.train.global_batch_size
-    meta = identity(config, *sources) | {"world_size": world.size}
+    accumulate = config.train.accumulate(world.size, config.data.repeated_aug)
+    sources = objective.sources()
+    meta = identity(config, *sources) | {**objective.origin()} | {"world_size": world.size}
     micro = batch // world.size // accumulate
-    check_fits(config.model, micro)
-    torch.manual_seed(config.train.seed)
-    model = MAE(config.model)  # before anything is written: a wrong model name leaves no run behind
-    engine = build_engine(config.engine, model, world, config.optim, config.train.precision, accumulate)
-    keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
+    check_fits(objective.model, micro)
+    module = objective.build(world, accumulate)  # before anything is written: a wrong model name leaves no run behind
+    passes = objective.passes(accumulate)
+    engine = build_engine(config.engine, module, world, config.optim, config.train.precision, passes)
     stack.enter_context(alone(run_dir, world))
     check_lost(run_dir, world)
-    checkpoints = Checkpoints(run_dir / "checkpoints", world, keep, keep_every)
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, config.train.keep_checkpoints, config.train.keep_every)
     newest = checkpoints.newest()
     health = Health(world, config.train.spike_sigma)
     start, seen = resume(config, newest, engine, health, meta) if newest else (0, 0)
@@ -109,61 +97,73 @@ def _train(
     plan = Plan(config.train, config.optim, config.optim.peak_lr(batch), int(sources[0].counts.sum()), start, seen)
     if start == 0:
         plan.check()
-    missing: set[str] = set()
-    if start:
-        missing = world.broadcast(unmeasured(config, plan) if world.is_main else missing)
+    bad = bad_samples(objective, *sources)
+    evaluations = objective.evaluations(Setup(world, *sources, micro, plan, bad))
+    missing = world.broadcast(unmeasured(run_dir, start, evaluations) if start and world.is_main else [])
     if start >= plan.total and not missing:
         if world.is_main:
             print(f"{run_dir}: complete, {start} of {plan.total} steps; for another run write --train.name NAME")
             mend_config(config)
+            say_finished(config)
         return
-    bad = bad_samples(config, *sources)
-    validation = Validation(config, sources[1], sources[0], micro, world, bad)
-    knn = KnnWatch(config, *sources, micro, plan, world, bad) if config.train.knn_every else None
-    again = {PICTURE: validation, KNN: knn}
     journal = open_journal(config, start) if world.is_main else None
-    take = partial(capture, engine, health.counters)
-    saver = Saver(checkpoints, take, state_bytes(engine), config.train.async_save, config.train.save_minutes, journal)
+    snapshot_fn = partial(capture, engine, health.counters)
+    async_save, minutes = config.train.async_save, config.train.save_minutes
+    saver = Saver(checkpoints, snapshot_fn, state_bytes(engine), async_save, minutes, journal)
     if start == 0:
         saver.check_room()
-    run = Run(
-        config=config,
-        world=world,
-        engine=engine,
-        stream=open_stream(config, sources[0], world, accumulate, plan, bad),
-        bad=bad,
-        accumulate=accumulate,
-        plan=plan,
-        counts_read=sources[0].counts_read,
-        saver=saver,
-        meta=meta,
-        validation=validation,
-        knn=knn,
-        journal=journal,
-        stop=stop,
-        health=health,
-        watch=Watchdog(run_dir, world, stop, config.train.watchdog, plan.start),
-        evaluate_first=[what for name, what in again.items() if what and name in missing],
+    _train_and_report(
+        Run(
+            objective=objective,
+            world=world,
+            engine=engine,
+            stream=open_stream(objective, sources[0], world, accumulate, plan, bad),
+            bad=bad,
+            accumulate=accumulate,
+            plan=plan,
+            counts_read=sources[0].counts_read,
+            saver=saver,
+            meta=meta,
+            evaluations=evaluations,
+            journal=journal,
+            stop=stop,
+            health=health,
+            watch=Watchdog(run_dir, world, stop, config.train.watchdog, start),
+            evaluate_first=[evaluations[i] for i in missing],
+        )
     )
-    _train_and_report(run)
 
 
-def bad_samples(config: Config, train: Source, held_out: Source | None) -> BadSamples:
-    """The list of a run. Its evaluations read the held-out images, or one picture's, and those that vote in k-NN."""
-    count = int(train.counts.sum())
-    evaluated = int(held_out.counts.sum()) if held_out else PICTURED
-    evaluated += min(IMAGES, count) if config.train.knn_every else 0
-    different = count if config.data.mode == "exact" else None  # a list's length is only said to be so
+def say_finished(config: Any) -> None:
+    """End the journal of a complete run, and its run in MLflow, where the process was killed before it did."""
+    path = config.train.run_dir / FILE_NAME
+    kinds = [record.get("kind") for record in read(path)] if path.is_file() else []
+    if "start" not in kinds or "end" in kinds[-kinds[::-1].index("start") :]:
+        return
+    journal = Journal(path)
+    journal.write({"kind": "end", "status": "FINISHED", "reason": ""})
+    journal.sync()
+    journal.close()
+    MLflowTracker.start(config.train.run_dir, config.track).close()
+
+
+def bad_samples(objective: Objective, train: Source, held_out: Source | None) -> BadSamples:
+    """The list of a run, and of its evaluations."""
+    config = objective.config
+    different = int(train.counts.sum()) if config.data.mode == "exact" else None  # a list's length is only said
+    evaluated = objective.num_evaluated(train, held_out)
     return BadSamples(config.train.run_dir, config.data.max_bad_fraction, different, evaluated)
 
 
 def open_stream(
-    config: Config, source: Source, world: World, accumulate: int, plan: Plan, bad: BadSamples
+    objective: Objective, source: Source, world: World, accumulate: int, plan: Plan, bad: BadSamples
 ) -> ImageStream | ResampledStream:
+    config, batch = objective.config, plan.batch
     start, shift = plan.batches(config.data.repeated_aug)
-    stream = partial(ImageStream, shift=shift) if config.data.mode == "exact" else ResampledStream
+    exact = partial(ImageStream, shift=shift, views=objective.make_views())
+    stream = exact if config.data.mode == "exact" else ResampledStream
     return stream(
-        source, config.model.height_width, config.data, config.train.seed, config.train.global_batch_size, accumulate,
+        source, objective.model.height_width, config.data, config.train.seed, batch, accumulate,
         start, world.rank, world.size, pin_memory=world.device.type == "cuda", bad=bad, node=world.node,
     )  # fmt: skip
 
@@ -175,7 +175,7 @@ def _train_and_report(run: Run) -> None:
     try:
         if run.journal:
             describe(run)
-            tracker = MLflowTracker.start(run.config.train.run_dir, run.config.track)
+            tracker = MLflowTracker.start(run.objective.config.train.run_dir, run.objective.config.track)
         train(run)
         run.stop.leave()
         _end(run, None)
@@ -224,10 +224,10 @@ def account(run: Run) -> None:
         print(f"warning: {run.journal.path}: {error.strerror}", file=sys.stderr)
         return
     run.journal.write({"kind": "metrics", "step": spent.step, "metrics": spent.metrics()})
-    print(f"{run.config.train.name}: {spent}", flush=True)
+    print(f"{run.objective.config.train.name}: {spent}", flush=True)
 
 
-def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> tuple[int, int]:
+def resume(config: Any, checkpoint: Path, engine: Engine, health: Health, meta: dict) -> tuple[int, int]:
     """Load a checkpoint; returns the updates behind it and the images seen.
 
     Raises UserError when config or data are not the run's.
@@ -239,19 +239,9 @@ def resume(config: Config, checkpoint: Path, engine: Engine, health: Health, met
 
 def describe(run: Run) -> None:
     """Say what this run is: to the terminal, and to the journal as few parameters and some tags."""
-    config, world = run.config, run.world
-    model, batch = config.model, config.train.global_batch_size
-    params = {
-        "enc_name": model.enc_name,
-        "mask_ratio": model.mask_ratio,
-        "decoder": f"{model.dec_dim}x{model.dec_depth}",
-        "norm_pix_loss": model.norm_pix_loss,
-        "global_batch_size": batch,
-        "peak_lr": config.optim.peak_lr(batch),
-        "steps": run.plan.total,
-        "seed": config.train.seed,
-    }
-    tags = {
+    config, world, batch = run.objective.config, run.world, run.plan.batch
+    params, tags = run.objective.describe(run.plan)
+    tags |= {
         "world_size": str(world.size),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "precision": config.train.precision,
@@ -265,7 +255,7 @@ def describe(run: Run) -> None:
     run.journal.write(start_record(run.plan.start, run.meta, params, tags))
     count = sum(map(math.prod, run.engine.shapes.values()))
     print(
-        f"{config.train.run_dir}: {model.enc_name} ({count / 1e6:.1f} M parameters with decoder), "
+        f"{config.train.run_dir}: {run.objective.model.enc_name} ({count / 1e6:.1f} M parameters), "
         f"{run.meta['data']['num_samples']} images, {run.plan.total} steps of {batch} = {world.size} processes x "
         f"{run.accumulate} x {batch // world.size // run.accumulate} on {tags['device']} in {config.train.precision}"
         + (f"; resumed at step {run.plan.start}" if run.plan.start else ""),

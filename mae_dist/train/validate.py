@@ -1,56 +1,60 @@
 """The validation loss, on held-out images with fixed masks, and the picture of reconstructions."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mae_dist.config import Config
-from mae_dist.data import BadSamples, Source, evaluation_batches
+from mae_dist.data import BadSamples, Batch, DataConfig, Source, evaluation_batches
 from mae_dist.data.feed import Normalise
-from mae_dist.engine import Engine, World
+from mae_dist.engine import Engine
 from mae_dist.model.masking import num_kept, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.track.journal import Journal
 from mae_dist.track.review import Album, reconstruction_grid
+from mae_dist.train.objective import Setup, StopFn, stoppable
 from mae_dist.train.progress import say
 
 PICTURED = 12  # images in a reconstruction grid
 GREY = 127
 PICTURE = "review/reconstruction"
-ASK_EVERY = 4  # batches of an evaluation between looks whether to stop
 
 
 class Validation:
-    """`source`: held-out images, or None: then there is no loss, and the picture shows training images."""
+    """See `Evaluation`. Without held-out images there is no loss, and the picture shows training images."""
 
-    def __init__(
-        self,
-        config: Config,
-        source: Source | None,
-        train_source: Source,
-        batch_size: int,
-        world: World,
-        bad: BadSamples | None = None,
-    ):
-        self.config, self.source, self.world, self.batch_size, self.bad = config, source, world, batch_size, bad
-        self.normalise = Normalise(config.data, world.device)
+    phase, key = "evaluation", PICTURE
+
+    def __init__(self, config: Config, setup: Setup):
+        self.config, self.setup, self.world, self.bad = config, setup, setup.world, setup.bad
+        self.source = setup.held_out
+        self.normalise = Normalise(config.data, self.world.device)
         self.album: Album | None = None
-        self.pictured = first_images(source or train_source, config, bad)
 
-    phase = "evaluation"
+    @cached_property
+    def pictured(self) -> tuple[Tensor, Tensor]:
+        """The images of the picture and of trials: pixels (n, C, H, W) uint8, ids (n,) int64."""
+        return first_images(self.source or self.setup.train, self.config, self.bad)
 
-    def run(self, step: int, engine: Engine, journal: Journal | None, stop: Callable[[], int] = lambda: 0) -> None:
-        """Measure on all ranks; rank 0 draws and writes the journal.
+    def pictured_inputs(self) -> tuple[Tensor, Tensor]:
+        """The same as the model takes them: normalised, and the noise of evaluation."""
+        pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
+        return self.normalise(pixels), self.noise(ids)
 
-        `stop()`, collective, is asked now and then; what is not 0 ends it, and nothing is written.
-        """
+    def due(self, step: int) -> bool:
+        return step == self.setup.plan.total or step % self.config.train.eval_every == 0
+
+    def begin(self, engine: Engine, journal: Journal | None) -> None:
+        """Draw what the untrained model makes of its images: and drawing fails now or never."""
+        self.draw(0, engine, journal)
+
+    def run(self, step: int, engine: Engine, journal: Journal | None, stop: StopFn = lambda: 0) -> None:
         if self.source:
             loss = self.loss(engine, stop)
-            if loss is None:
-                return
             if journal:
                 journal.write({"kind": "metrics", "step": step, "metrics": {"loss/val": loss}})
                 say(f"step {step}: validation loss {loss:.4f}")
@@ -59,11 +63,10 @@ class Validation:
     @torch.no_grad()
     def draw(self, step: int, engine: Engine, journal: Journal | None) -> None:
         """Write the picture of reconstructions, on rank 0. Collective."""
-        model = engine.replica()
+        model, (images, noise) = engine.replica(), self.pictured_inputs()
         if journal is None:
             return
-        pixels, ids = (tensor.to(self.world.device) for tensor in self.pictured)
-        images, noise = self.normalise(pixels), self.noise(ids)
+        pixels = self.pictured[0].to(self.world.device)
         rebuilt = self.normalise.undo(model.reconstruct(images, noise))
         grid = picture(pixels, grey_out(pixels, noise, self.config), rebuilt)
         self.album = self.album or Album(journal, PICTURE)
@@ -74,22 +77,13 @@ class Validation:
         return self.config.model.noise(self.config.train.seed, torch.zeros_like(ids), ids)
 
     @torch.no_grad()
-    def loss(self, engine: Engine, stop: Callable[[], int] = lambda: 0) -> float | None:
-        """Mean loss over the held-out images, each counted once whatever the number of ranks; None: stopped."""
+    def loss(self, engine: Engine, stop: StopFn = lambda: 0) -> float:
+        """Mean loss over the held-out images, each counted once whatever the number of ranks."""
         assert self.source is not None
         model = engine.replica().eval()  # predicts all masked patches whatever `predict_ratio`
-        size, world = self.config.model.height_width, self.world
+        world = self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        batches = evaluation_batches(
-            self.source, size, self.config.data, self.batch_size, world.rank, world.size, self.bad
-        )
-        most = -(-int(self.source.counts.sum()) // (world.size * self.batch_size))  # some ranks have one less
-        for i in range(most):
-            if i % ASK_EVERY == 0 and stop():
-                return None
-            batch = next(batches, None)
-            if batch is None:
-                break
+        for batch in held_out_batches(self.setup, self.source, self.config.model.height_width, self.config.data, stop):
             images, ids = (tensor.to(world.device) for tensor in (batch.images, batch.ids))
             with engine.autocast:
                 loss = model(self.normalise(images), self.noise(ids)).loss
@@ -97,6 +91,15 @@ class Validation:
         model.train()
         summed, count = world.sum(total).tolist()
         return summed / count
+
+
+def held_out_batches(
+    setup: Setup, source: Source, size: tuple[int, int], data: DataConfig, stop: StopFn
+) -> Iterator[Batch]:
+    """This rank's share of a source, each image once over all ranks. Raises Interrupted. Collective."""
+    world, batch_size = setup.world, setup.micro_batch_size
+    batches = evaluation_batches(source, size, data, batch_size, world.rank, world.size, setup.bad)
+    return stoppable(batches, -(-int(source.counts.sum()) // (world.size * batch_size)), stop)
 
 
 def picture(pixels: Tensor, masked: Tensor, rebuilt: Tensor) -> Image.Image:

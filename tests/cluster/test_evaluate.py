@@ -151,6 +151,33 @@ def test_the_linear_probe_is_the_same_on_two_processes_up_to_rounding(run):
         assert one[key] == pytest.approx(two[key], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_training_with_labels_is_the_same_on_every_engine_up_to_rounding(run):
+    """On two processes; the moving average too. What an engine cannot do is refused before the first step."""
+    engines = {"ddp": [], "fsdp": ["--engine.name=fsdp"]}
+    engines |= {f"zero-{stage}": ["--engine.name=deepspeed", f"--engine.zero_stage={stage}"] for stage in (0, 2)}
+    lines = ["--train.global_batch_size=12", "--train.steps=6", "--train.log_every=1", "--optim.blr=10"]
+    for name, engine in engines.items():
+        finetune(run, *engine, f"--train.name=f-{name}", processes=2)
+        if name != "zero-2":
+            mae_dist("linear", run, *lines, *engine, f"--train.name=l-{name}", processes=2)
+    for kind, keys in (("f", [(3, "loss/val"), (6, "loss/val")]), ("l", [(6, "loss/val")])):
+        for name in engines:
+            if (run / "evaluations" / f"{kind}-{name}").exists():
+                one, two = (metrics(run / "evaluations" / f"{kind}-{n}", "") for n in ("ddp", name))
+                for key in [(step, "loss/train") for step in range(1, 7)] + keys:
+                    assert one[key] == pytest.approx(two[key], rel=1e-4), (kind, name)
+    for command, more, says in (
+        ("linear", [*lines, "--engine.zero_stage=2"], "engine.zero_stage: 2 cuts parameters into pieces, and LARS"),
+        ("finetune", ["--engine.zero_stage=3", "--optim.ema=0.9"], "optim.ema: 0.9: a moving average needs whole"),
+    ):
+        refused = mae_dist(
+            command, run, *more, "--engine.name=deepspeed", "--train.name=no", "--train.global_batch_size=4",
+            "--train.steps=9", check=False,
+        )  # fmt: skip
+        assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(f"error: {says}"), refused.stderr
+
+
 @pytest.fixture
 def handlers():
     """What a command does with signals ends with it."""

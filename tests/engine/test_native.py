@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mae_dist.engine import OptimConfig, World, capture, load_weights, restore
-from mae_dist.engine.base import param_groups
 from mae_dist.engine.native import NativeEngine
+from mae_dist.engine.optim import param_groups
 from mae_dist.engine.state import shares
 from mae_dist.errors import UserError
 from mae_dist.model import MAE, MAEConfig

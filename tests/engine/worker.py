@@ -61,7 +61,7 @@ def advance(engine, first, last, size=BATCH, spoil=lambda micro, images: None):
             zip(images.chunk(engine.accumulate), noise.chunk(engine.accumulate), strict=True)
         ):
             spoil(micro, x)
-            engine.forward_backward(x, z, micro == engine.accumulate - 1)
+            engine.forward_backward(x, z, last=micro == engine.accumulate - 1)
         result = engine.step(lr(step))
         loss = float(world.sum(result.loss.clone())) / world.size
         found.append([loss, float(result.grad_norm), float(result.skipped)])
@@ -82,9 +82,7 @@ def holds(engine, directory, counters=("updates", "loss_scale", "good_steps")):
     same = []
     for name in engine.shapes:
         part = engine.gather(name)
-        whole = {name: part.weight} | dict(
-            zip((f"exp_avg.{name}", f"exp_avg_sq.{name}"), part.moments or (), strict=False)
-        )
+        whole = {name: part.weight} | {f"{key}.{name}": tensor for key, tensor in part.state.items()}
         same += [torch.equal(value, saved.pop(key)) for key, value in whole.items()]
     for key, value in engine.counters().items():
         same.append(torch.equal(value, saved.pop(f"counter.{key}")) or key not in counters)

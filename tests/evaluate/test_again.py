@@ -11,7 +11,7 @@ from mae_dist import config as configs
 from mae_dist.cli import COMMANDS
 from mae_dist.errors import UserError
 from mae_dist.train.checkpoint import committed, read_meta, write_meta
-from mae_dist.train.run import pretrain
+from mae_dist.train.pretrain import pretrain
 from tests.conftest import TINY, signals_put_back
 
 PRECISE = ["--train.precision=fp32", "--track.mlflow=false", "--data.workers=0"]

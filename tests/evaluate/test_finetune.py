@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from mae_dist import config as configs
 from mae_dist.data import Batch, DataConfig
-from mae_dist.engine import World
+from mae_dist.engine import EngineConfig, World, build_engine, capture, restore
 from mae_dist.errors import UserError
 from mae_dist.evaluate.augment import Mix, finetune_views, posterize, rand_augmentation
 from mae_dist.evaluate.checkpoints import Pretrained
 from mae_dist.evaluate.checkpoints import load as load_model
 from mae_dist.evaluate.classifier import Coins, KeyedDropPath, classifier
-from mae_dist.evaluate.finetune import Finetune, layer_groups
+from mae_dist.evaluate.finetune import Finetuning
 from mae_dist.evaluate.options import AugmentConfig, FinetuneConfig, FinetuneOptim, LinearConfig, NetworkConfig
 from mae_dist.evaluate.supervised import load
 from mae_dist.exchange.runs import write
@@ -32,22 +33,40 @@ SCRATCH = Pretrained(Path("nowhere"), configs.Config(model=MODEL))
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def vit(pool="mean", drop_path=0.0):
     return classifier(SCRATCH, NetworkConfig("none", pool, drop_path), num_classes=5, seed=0)
 
 
-def learner(precision="fp32", **augment):
-    config = FinetuneConfig(
-        augment=AugmentConfig(**augment), train=TrainConfig(global_batch_size=8, precision=precision),
-        optim=FinetuneOptim(ema=0.5),
-    )  # fmt: skip
-    return Finetune(vit(drop_path=0.5), config, World(0, 1, torch.device("cpu")), 5, 1)
+class Learner:
+    """Fine-tuning's objective and its engine."""
+
+    def __init__(self, precision="fp32", size=8, **augment):
+        config = FinetuneConfig(
+            augment=AugmentConfig(**augment), train=TrainConfig(global_batch_size=size), optim=FinetuneOptim(ema=0.5),
+            network=NetworkConfig("none", drop_path=0.5),
+        )  # fmt: skip
+        self.objective = Finetuning(SCRATCH, config)
+        self.objective.num_classes = 5
+        module = self.objective.build(ALONE, 1)
+        self.engine = build_engine(EngineConfig(), module, ALONE, config.optim, precision)
+
+    def step(self, images, who, lr=1e-3):
+        self.engine.forward_backward(*self.objective.inputs(images.clone(), who), last=True)
+        return self.engine.step(lr)
+
+    def state(self):
+        whole = {name: self.engine.gather(name) for name in self.engine.shapes}
+        kept = {f"{kind}.{name}": t for name, w in whole.items() for kind, t in w.state.items()}
+        return kept | {name: w.weight.detach() for name, w in whole.items()} | self.engine.counters()
 
 
 def test_each_layer_has_the_recipes_learning_rate_and_decay():
     """decay ** (depth + 1 - layer); 1-D parameters, class token and positions are not decayed (util/lr_decay.py)."""
     model = vit()
-    groups = layer_groups(model, FinetuneOptim(layer_decay=0.65, weight_decay=0.05))
+    groups = FinetuneOptim(layer_decay=0.65, weight_decay=0.05).optimizer(model).groups
     found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         if name.startswith("blocks."):
@@ -146,26 +165,24 @@ def batch(n=8):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("augment", [{}, {"mixup": 0.0, "cutmix": 0.0, "erase": 0.0}])
 def test_a_bad_number_moves_nothing_and_a_good_one_everything(augment, precision):
-    tuned = learner(precision, **augment)
+    tuned = Learner(precision, **augment)
     images, who = batch()
     for images_, skipped in ((images * torch.nan, 1), (images, 0)):
-        before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
-        tuned.forward_backward(images_.clone(), who, True)
-        assert tuned.step(1e-3).skipped == skipped
-        after = dict(tuned.model.named_parameters())
-        assert all(torch.equal(before[name], after[name]) == bool(skipped) for name in ("head.bias", "pos_embed"))
+        before = {name: tensor.clone() for name, tensor in tuned.state().items()}
+        assert tuned.step(images_, who).skipped == skipped
+        after, moved = tuned.state(), ("head.bias", "pos_embed", "ema.head.bias", "ema.pos_embed")
+        assert all(torch.equal(before[name], after[name]) == bool(skipped) for name in moved)
 
 
 def test_fp16_is_fp32_but_for_rounding():
     """Also when the first scale of the loss is too large: updates are left out until it fits."""
-    whole, half = learner(), learner("fp16")
-    half.update.loss_scale.fill_(2.0**25)
+    whole, half = Learner(), Learner("fp16")
+    half.engine.update.loss_scale.fill_(2.0**25)
     images, who = batch()
     results = []
     for tuned in (whole, half):
-        while tuned.update.done < 3 and len(results) < 40:
-            tuned.forward_backward(images.clone(), who, True)
-            results.append(tuned.step(1e-3))
+        while tuned.engine.update.done < 3 and len(results) < 40:
+            results.append(tuned.step(images, who))
     assert [int(result.skipped) for result in results] == [0] * 3 + [1] * (len(results) - 6) + [0] * 3
     assert len(results) > 6
     for one, other in zip(results[:3], results[-3:], strict=True):
@@ -176,24 +193,43 @@ def test_fp16_is_fp32_but_for_rounding():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_checkpoint_is_the_whole_state(tmp_path, precision):
     """Written, read into a fresh one, both go on: the same to the bit, moving average and loss scale too."""
-    first, second = learner(precision), learner(precision)
+    first, second = Learner(precision), Learner(precision)
     if precision == "fp16":
-        first.update.loss_scale.fill_(2.0**9)
+        first.engine.update.loss_scale.fill_(2.0**9)
     images, who = batch()
     for _ in range(2):
-        first.forward_backward(images.clone(), who, True)
-        first.step(1e-2)
-    assert {path.name for path in first.write(tmp_path)} == {p.name for p in tmp_path.iterdir()}
-    second.read(tmp_path)
+        first.step(images, who, 1e-2)
+    capture(first.engine).write(tmp_path)
+    restore(second.engine, tmp_path)
     for tuned in (first, second):
-        tuned.forward_backward(images.clone(), who, True)
-        tuned.step(1e-2)
+        tuned.step(images, who, 1e-2)
     states = [tuned.state() for tuned in (first, second)]
-    assert states[0].keys() == {"model.safetensors", "optimizer.safetensors", "ema.safetensors"}
-    for name, tensors in states[0].items():
-        assert tensors.keys() == states[1][name].keys() and tensors
-        assert all(torch.equal(value, states[1][name][key]) for key, value in tensors.items())
-    assert not torch.equal(first.evaluated.head.weight, first.model.head.weight)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    kinds = {key.split(".")[0] for key in states[0] if key.endswith(".head.weight")}
+    assert kinds == {"exp_avg", "exp_avg_sq", "ema"}
+    assert torch.equal(first.engine.replica().head.weight, states[0]["ema.head.weight"])
+    assert not torch.equal(states[0]["ema.head.weight"], states[0]["head.weight"])
+
+
+def test_a_checkpoint_of_the_layout_before_is_read(tmp_path):
+    """The moving average had a file of its own, with the names of the weights."""
+    tuned, fresh = Learner(), Learner()
+    images, who = batch()
+    for _ in range(2):
+        tuned.step(images, who, 1e-2)
+    state = tuned.state()
+    average = {name.removeprefix("ema."): tensor for name, tensor in state.items() if name.startswith("ema.")}
+    weights = {name: state[name] for name in tuned.engine.shapes}
+    moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg")}
+    moments |= {f"step.{name}": torch.tensor(2.0) for name in weights} | {"counter.updates": state["updates"]}
+    for name, tensors in (("model", weights), ("optimizer", moments), ("ema", average)):
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
+    restore(fresh.engine, tmp_path)
+    assert fresh.state().keys() == state.keys()
+    for learner in (tuned, fresh):
+        learner.step(images, who, 1e-2)
+    assert all(torch.equal(tensor, fresh.state()[name]) for name, tensor in tuned.state().items())
 
 
 def test_damaged_weights_are_not_finetuned(tmp_path):
@@ -226,9 +262,8 @@ def test_crops_are_the_recipes_and_else_the_runs(tmp_path):
 
 
 def test_mixup_needs_pairs():
-    config = FinetuneConfig(train=TrainConfig(global_batch_size=9, precision="fp32"))
     with pytest.raises(UserError, match="even"):
-        Finetune(vit(), config, World(0, 1, torch.device("cpu")), 5, 1)
+        Learner(size=9)
 
 
 def test_class_token_pooling_keeps_the_encoders_norm():

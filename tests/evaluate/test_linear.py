@@ -1,16 +1,20 @@
 """The linear probe: LARS by its formula, a sweep that is many single trainings, statistics of the global batch."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mae_dist.config import Config
 from mae_dist.data import Batch
-from mae_dist.engine import World
-from mae_dist.evaluate.lars import LARS
-from mae_dist.evaluate.linear import LinearProbe
+from mae_dist.engine import EngineConfig, World, build_engine
+from mae_dist.engine.lars import LARS
+from mae_dist.evaluate.checkpoints import Pretrained
+from mae_dist.evaluate.linear import Head, Probing
 from mae_dist.evaluate.options import LinearConfig, LinearOptim, SweepConfig
 from mae_dist.evaluate.sweep import choose_and_train, train_heads
 from mae_dist.shards.order import SampleOrder
@@ -18,11 +22,32 @@ from mae_dist.train.options import TrainConfig
 from mae_dist.train.schedule import CosineSchedule
 
 ALONE = World(0, 1, torch.device("cpu"))
+SCRATCH = Pretrained(Path("nowhere"), Config())
 CONFIG = LinearConfig(
     optim=LinearOptim(warmup_epochs=1.0),
     train=TrainConfig(global_batch_size=16, steps=25, precision="fp32"),
     sweep=SweepConfig(blrs=(0.5, 20.0), weight_decays=(0.0, 0.1)),
 )
+
+
+class Probe:
+    """The linear probe's objective on features that are its images, and its engine."""
+
+    def __init__(self, config, num_classes=3, dim=12, accumulate=1):
+        self.objective = Probing(SCRATCH, config)
+        self.objective.accumulate, self.objective.waiting = accumulate, []
+        self.objective.features, self.objective.autocast = (lambda x: x), nullcontext()
+        module = Head(dim, num_classes, ALONE, config.train.seed)
+        self.engine = build_engine(EngineConfig(), module, ALONE, config.optim, "fp32")
+        self.model = module.network
+
+    def take(self, features, labels):
+        inputs = self.objective.inputs(features, Batch(features, labels, labels, labels))
+        if inputs is not None:
+            self.engine.forward_backward(*inputs, last=True)
+
+    def predict(self, features):
+        return self.objective.logits(self.model.eval(), features)
 
 
 def clusters(n=60, dim=12, classes=3, seed=0):
@@ -73,14 +98,13 @@ def test_a_sweep_is_many_single_trainings(blr, decay):
     settings = [(0.5, 0.0), (0.5, 0.1), (20.0, 0.0), (20.0, 0.1)]
     heads = train_heads(features, labels, 3, settings, CONFIG, 7, ALONE)
     config = replace(CONFIG, optim=replace(CONFIG.optim, weight_decay=decay), train=replace(CONFIG.train, seed=7))
-    probe = LinearProbe(lambda x: x, 12, config, ALONE, 3, accumulate=2)
+    probe = Probe(config, accumulate=2)
     order, schedule = SampleOrder([60], 7), CosineSchedule(blr * 16 / 256, 0.0, 60 / 16, 25)
     for k in range(25):
         ids = torch.from_numpy(order.lookup(range(k * 16, k * 16 + 16)).id)
-        for micro, part in enumerate(ids.split(8)):
-            batch = Batch(features[part], part, part, labels[part])
-            probe.forward_backward(features[part], batch, micro == 1)
-        probe.step(schedule.lr(k))
+        for part in ids.split(8):
+            probe.take(features[part], labels[part])
+        probe.engine.step(schedule.lr(k))
     h = settings.index((blr, decay))
     norm, linear = probe.model
     torch.testing.assert_close(heads.weight[h], linear.weight.detach(), rtol=1e-4, atol=1e-6)
@@ -93,13 +117,13 @@ def test_a_sweep_is_many_single_trainings(blr, decay):
 
 def test_the_probe_without_ranks_is_torchs_batch_norm_and_autograd():
     features, labels = clusters(16)
-    probe = LinearProbe(lambda x: x, 12, CONFIG, ALONE, 3, accumulate=1)
+    probe = Probe(CONFIG)
     plain = nn.Sequential(nn.BatchNorm1d(12, eps=1e-6, affine=False), nn.Linear(12, 3))
     plain.load_state_dict(probe.model.state_dict())
     loss = F.cross_entropy(plain(features), labels)
     loss.backward()
-    probe.forward_backward(features, Batch(features, labels, labels, labels), True)
-    torch.testing.assert_close(probe.loss, loss.detach())
+    probe.take(features, labels)
+    torch.testing.assert_close(probe.engine.loss, loss.detach())
     torch.testing.assert_close(probe.model[1].weight.grad, plain[1].weight.grad)
     torch.testing.assert_close(probe.model[0].running_var, plain[0].running_var)
 
@@ -108,13 +132,13 @@ def test_the_probe_without_ranks_is_torchs_batch_norm_and_autograd():
 def test_a_bad_batch_moves_nothing_of_the_probe(bad):
     """Not even its running statistics."""
     features, labels = clusters(16)
-    probe = LinearProbe(lambda x: x, 12, CONFIG, ALONE, 3, accumulate=1)
-    before, batch = {key: value.clone() for key, value in probe.model.state_dict().items()}, Batch(*[labels] * 4)
+    probe = Probe(CONFIG)
+    before = {key: value.clone() for key, value in probe.model.state_dict().items()}
     spoilt = features.clone()
     spoilt[3, 5] = bad
     for images, skipped in ((spoilt, 1), (features, 0)):
-        probe.forward_backward(images, batch, True)
-        assert probe.step(1.0).skipped == skipped
+        probe.take(images, labels)
+        assert probe.engine.step(1.0).skipped == skipped
         after = probe.model.state_dict()
         assert all(torch.equal(before[key], after[key]) == bool(skipped) for key in ("0.running_mean", "0.running_var"))
         assert torch.equal(before["1.weight"], after["1.weight"]) == bool(skipped)

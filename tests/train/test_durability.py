@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mae_dist.engine import Snapshot, capture, state_bytes
-from mae_dist.engine.base import Part
+from mae_dist.engine.base import ParamState
 from mae_dist.engine.world import World
 from mae_dist.errors import MachineFault
 from mae_dist.evaluate.checkpoints import check_weights, newest_of
@@ -59,10 +59,10 @@ def snapshot(step: int, rank: int = 0, size: int = 1) -> Snapshot:
 class Engine:
     """Of one parameter."""
 
-    world, shapes = ALONE, {"w": (9,)}
+    world, shapes, optimizer_state = ALONE, {"w": (9,)}, ("exp_avg", "exp_avg_sq")
 
-    def gather(self, name: str) -> Part:
-        return Part(torch.ones(9), (torch.ones(9), torch.ones(9)))
+    def gather(self, name: str) -> ParamState:
+        return ParamState(torch.ones(9), {"exp_avg": torch.ones(9), "exp_avg_sq": torch.ones(9)})
 
     def counters(self) -> dict:
         return {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mae_dist import config as configs
-from mae_dist.engine.base import param_groups
+from mae_dist.engine.optim import param_groups
 from mae_dist.model import MAE
 from mae_dist.model.formats import convert
 from mae_dist.train.schedule import CosineSchedule

@@ -16,8 +16,8 @@ from mae_dist.engine.state import WEIGHTS
 from mae_dist.errors import UserError
 from mae_dist.evaluate.checkpoints import load_config, newest_of
 from mae_dist.train.checkpoint import committed, read_meta, write_meta
+from mae_dist.train.pretrain import Pretraining, pretrain
 from mae_dist.train.resume import check_resume, deciding, identity, lost
-from mae_dist.train.run import pretrain
 from tests.conftest import TINY, signals_put_back, write_images
 
 SETTINGS = ["--data.workers=0", "--train.global_batch_size=8", "--train.steps=6", "--train.save_every=2"]
@@ -252,18 +252,14 @@ def test_every_key_is_free_or_compared():
 @pytest.mark.parametrize(("before", "after"), [(8, 16), (16, 8), (8, 24), (12, 8)])
 def test_with_another_batch_size_a_run_goes_on_with_the_next_image(train, before, after, monkeypatch):
     """No image is left out or seen twice in an epoch; epoch and learning rate follow the images seen."""
-    from mae_dist.train import loop
-
     seen: list[tuple[int, int]] = []
-    plain = loop.noise_of
-    monkeypatch.setattr(
-        loop,
-        "noise_of",
-        lambda batch, run: (
-            seen.extend(zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)),
-            plain(batch, run),
-        )[1],
-    )
+    plain = Pretraining.inputs
+
+    def inputs(self, images, batch):
+        seen.extend(zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True))
+        return plain(self, images, batch)
+
+    monkeypatch.setattr(Pretraining, "inputs", inputs)
     epochs = 10  # of 46 images
     steps = epochs * 46 // before // 2
     run = train(f"--train.steps={steps}", f"--train.global_batch_size={before}")
@@ -279,6 +275,19 @@ def test_with_another_batch_size_a_run_goes_on_with_the_next_image(train, before
     assert read_meta(committed(run / "checkpoints")[-1])["images"] == len(seen)
     rates = [rate for step, rate in sorted(metric(run, "optim/lr").items()) if step > steps]
     assert rates == sorted(rates, reverse=True) and rates[0] < 1e-3 and rates[-1] < 1e-4
+
+
+def test_a_run_that_was_killed_after_its_last_save_is_finished_by_the_next_start(train):
+    """Its journal had no last word, and MLflow showed it as failed for ever."""
+    run = train()
+    journal = run / "journal.jsonl"
+    records = journal.read_text().splitlines(keepends=True)
+    assert json.loads(records[-1])["kind"] == "end"
+    journal.write_text("".join(records[:-1]))
+    for _ in range(2):
+        train()
+        ends = [json.loads(line) for line in journal.read_text().splitlines()[len(records) - 1 :]]
+        assert [(end["kind"], end["status"]) for end in ends] == [("end", "FINISHED")]
 
 
 def test_a_run_that_is_shortened_is_complete_and_no_more(train, capsys):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mae_dist.engine import Snapshot, capture, state_bytes
-from mae_dist.engine.base import Part
+from mae_dist.engine.base import ParamState
 from mae_dist.engine.world import World
 from mae_dist.errors import UserError
 from mae_dist.track.journal import Journal
@@ -33,13 +33,15 @@ ALONE = World(0, 1, torch.device("cpu"))
 class Filled:
     """An engine whose every number is the step it is at."""
 
+    optimizer_state = ("exp_avg", "exp_avg_sq")
+
     def __init__(self, world: World, numbers: int = 1000):
         self.world, self.step = world, 0
         self.shapes = dict.fromkeys("abcd", (numbers,))
 
     def gather(self, name):
         filled = torch.full(self.shapes[name], float(self.step))
-        return Part(filled, (filled, filled))
+        return ParamState(filled, {"exp_avg": filled, "exp_avg_sq": filled})
 
     def counters(self):
         return {"updates": torch.tensor(float(self.step))}

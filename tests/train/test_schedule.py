@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_dist.engine.base import OptimConfig
+from mae_dist.engine.optim import OptimConfig
 from mae_dist.errors import UserError
 from mae_dist.train.options import TrainConfig
 from mae_dist.train.schedule import CosineSchedule, Plan

@@ -1,9 +1,19 @@
 """LARS (You et al., 2017) as the paper's linear probe uses it: momentum, and a learning rate a tensor."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mae_dist.engine.optim import Optimizer
+
+
+def lars(model: nn.Module, weight_decay: float, momentum: float) -> Optimizer:
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    make: Any = partial(LARS, weight_decay=weight_decay, momentum=momentum)
+    return Optimizer(groups, make, ("momentum",), elementwise=False)
 
 
 def trust(weight: Tensor, update: Tensor, trust_coefficient: float, dims: int | tuple[int, ...]) -> Tensor:
@@ -32,6 +42,7 @@ class LARS(torch.optim.Optimizer):
         )
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
+        self.whole: Callable[[Tensor, Tensor], Tensor] = lambda parameter, piece: piece
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -44,7 +55,8 @@ class LARS(torch.optim.Optimizer):
                     update = update / self.grad_scale
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
-                    update = update * trust(p, update, group["trust_coefficient"], tuple(range(p.ndim)))
+                    both = self.whole(p, p), self.whole(p, update)
+                    update = update * trust(*both, group["trust_coefficient"], tuple(range(p.ndim)))
                 held = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 moved = group["momentum"] * held + update
                 if self.found_inf is not None:
