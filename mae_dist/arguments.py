@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dist.errors import UserError, note
-from mae_dist.local import check_local
+from mae_dist.local import check_local, naming
 from mae_dist.manual import WIDTH
 
 MOST_SEED = 2**63 - 1  # seeds are keys of 64 bits
@@ -135,10 +135,11 @@ def picture(text: str) -> Path:
 
     path = Path(text)
     check_local(text, "a picture")
+    bare = Path(path.name.lstrip("."))  # dots in front begin no suffix
     try:
-        Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+        Image.new("RGB", (1, 1)).save(BytesIO(), Image.registered_extensions()[bare.suffix.lower()])
     except (KeyError, OSError, ValueError):
-        name = path.with_suffix(".png") if path.name else Path("picture.png")
+        name = path.parent / f"{bare.stem or 'picture'}.png"
         raise UserError(f"{text}: no picture can be written under this name; write {name}") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,3 +148,10 @@ def picture(text: str) -> Path:
     if path.is_dir():
         raise UserError(f"{text}: is a directory; write a file in it, such as {path / 'picture.png'}")
     return path
+
+
+def save_picture(image: Any, path: Path) -> None:
+    """Write a PIL image under a name that `picture` took, and print the name. Raises OSError that has the name too."""
+    with naming(path, path):
+        image.save(path)
+    print(path)

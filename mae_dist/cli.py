@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from mae_dist.arguments import Parser, picture, ratio, share, share_or_none, size, whole
+from mae_dist.arguments import Parser, picture, ratio, save_picture, share, share_or_none, size, whole
 from mae_dist.errors import Ended, UserError, machine_fault
 from mae_dist.launched import end_with_launcher, leave, rank_or_zero, take_local_rank
 from mae_dist.output import protect
@@ -117,8 +117,7 @@ def info(arguments: Sequence[str]) -> int:
     manifest = load_manifest(given.shards, allow_commands=given.allow_commands)
     print(describe(manifest))
     if given.sheet:
-        contact_sheet(manifest).save(given.sheet)
-        print(given.sheet)
+        save_picture(contact_sheet(manifest), given.sheet)
     return 0
 
 
@@ -265,11 +264,9 @@ def reconstruct(arguments: Sequence[str]) -> int:
     from mae_dist.evaluate.reconstruct import NORM_PIX, Viewer
 
     viewer = Viewer(given.run, given.images, given.mask_ratio, given.allow_commands)
-    viewer.reconstruction(given.seed).save(given.out)
-    print(given.out)
+    save_picture(viewer.reconstruction(given.seed), given.out)
     if given.features:
-        viewer.features().save(given.features)
-        print(given.features)
+        save_picture(viewer.features(), given.features)
     if viewer.config.model.norm_pix_loss:
         print(NORM_PIX)
     return 0
@@ -286,7 +283,7 @@ def sync(arguments: Sequence[str]) -> int:
     from mae_dist.evaluate.tracked import TrackConfig, track_config
     from mae_dist.track.mlflow import sync as send
 
-    run = given.run.resolve()
+    run = Path(os.path.realpath(given.run))
     try:
         config = track_config(run)
     except UserError:

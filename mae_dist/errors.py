@@ -7,13 +7,19 @@ import sys
 from mae_dist.urls import masked
 
 
+def one_line(text: str) -> str:
+    """Without secrets, and with what a terminal would act on (line breaks, escapes in file names) spelled out."""
+    text = masked(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 class UserError(Exception):
     """What was found, where, and what to write instead, in one line, without secrets. Never shown with a traceback."""
 
     status = 2
 
     def __init__(self, message: str = ""):
-        super().__init__(masked(str(message)))
+        super().__init__(one_line(str(message)))
 
 
 class Unreadable(UserError):
@@ -31,7 +37,7 @@ class Ended(RuntimeError):
 def note(text: str) -> None:
     """Say something that is no error but may not be meant, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {masked(text)}", file=sys.stderr, flush=True)
+        print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 class MachineFault(Ended):
@@ -41,7 +47,7 @@ class MachineFault(Ended):
     """
 
     def __init__(self, text: str, status: int = 75):
-        super().__init__(masked(text))
+        super().__init__(one_line(text))
         self.status = status
 
 
@@ -71,6 +77,8 @@ def unreadable(error: OSError, text: str) -> UserError:
 
 def machine_fault(error: OSError) -> MachineFault | None:
     """What an OSError says of the machine, in one line; None for one that may be a fault of ours."""
+    if error.errno == errno.ENOENT and error.filename is None:
+        return MachineFault("the current directory is gone; change to one that exists", 2)
     if error.errno not in MENDED | PASSING:
         return None
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""

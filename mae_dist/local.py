@@ -143,6 +143,8 @@ def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
         if error.errno and (error.filename is None or (aside and str(error.filename).startswith(str(aside)))):
             error.filename = str(path)
             del error.filename2  # None would be shown, as "-> None"
+        if aside and isinstance(error, FileNotFoundError):  # its directory has gone, or takes none, such as /proc
+            raise NotADirectoryError(errno.ENOTDIR, "no file can be made there", str(path)) from None
         raise
 
 

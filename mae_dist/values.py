@@ -18,6 +18,7 @@ NOT_NULL = "None"  # Python's word: text to YAML, and surely no name for a direc
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 INT = re.compile(r"[-+]?(0|[1-9][\d_]*)")  # 010 is 8 to some readers of YAML and 10 to others: neither here
 FLOAT = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")  # 3e-4 too; no nan, no inf
+LONGEST = 1_000_000  # bytes of a config file: the whole of any is a few thousand, and /dev/zero has no end
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 EXAMPLE = "sections such as train: with keys such as seed: 0 indented below it"
 
@@ -117,7 +118,11 @@ def read_file(path: Path) -> Iterator[Written]:
     A key that stands there twice is refused: readers of YAML take the last and drop the others in silence.
     """
     try:
-        root: Any = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.BaseLoader)
+        with path.open("rb") as file:  # which may be a pipe: --config <(...)
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise UserError(f"{path}: more than {LONGEST} bytes; write --config FILE, such as configs/demo.yaml")
+        root: Any = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; write --config FILE, such as configs/demo.yaml"

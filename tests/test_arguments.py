@@ -72,6 +72,9 @@ LINES = [
     ("reconstruct r a.jpg --seed 1 1", "--seed: 1 is there twice"),
     ("reconstruct r a.jpg b.jpg a.jpg", "IMAGES: a.jpg is there twice"),
     ("sync r --tracking sqlite:///x", "--tracking: unexpected; did you mean --tracking-uri?"),
+    ("info a --sheet ..png", "..png: no picture can be written under this name; write png.png"),
+    ("verify a\nb\x1b[31m", "a\\nb\\x1b[31m: no manifest.json here"),
+    ("sync a\nb", "a\\nb/config.yaml: missing"),
     ("demo --dir=", "an empty argument"),
     ("demo x", "x: unexpected"),
 ]  # fmt: skip
@@ -120,3 +123,36 @@ def test_every_command_refuses_a_misspelt_variable(command, monkeypatch, capsys,
     if command not in ("pretrain", "linear"):
         said = "error: MAE_DIST_TRAIN__STEP: no such variable, did you mean MAE_DIST_TRAIN__STEPS? Or unset it\n"
         assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("shard {here} {here}/loop", "loop"),
+        ("sync {here}/loop", "loop/config.yaml: missing"),
+        ("info {shards} --sheet /proc/self/sheet.png", "/proc/self/sheet.png: no file can be made there"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_one_line(line, says, shards, tmp_path, monkeypatch, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "0.jpg").write_bytes((shards / "train-00000.tar").read_bytes()[512:2048])
+    monkeypatch.setattr(sys, "argv", ["mae-dist", *line.format(here=tmp_path, shards=shards).split()])
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_a_working_directory_that_is_gone_is_said_where_it_is_needed(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    for name, says in (("shards", "the current directory is gone"), (str(tmp_path / "shards"), "no manifest.json")):
+        monkeypatch.setattr(sys, "argv", ["mae-dist", "pretrain", "--train.device=cpu", f"--data.shards={name}"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2 and says in capsys.readouterr().err

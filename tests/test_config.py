@@ -88,6 +88,7 @@ def test_the_resolved_config_gives_itself_again(tmp_path_factory, blr, seed, img
         ("train: {seed: " + 3000 * "[" + 3000 * "]" + "}", "not YAML"),
         ("optim: {lr: 1e-400}", "optim.lr: expected a number"),
         ("train: {steps: |\n  10\n  }", "line"),
+        ("#" * 2_000_000, "more than 1000000 bytes"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path, yaml, says):

@@ -85,7 +85,7 @@ class DataConfig:
         """The same with local paths that hold in any working directory: a run is evaluated from elsewhere too."""
 
         def whole(path: str) -> str:
-            return path if remote.is_remote(path) else str(Path.cwd() / path)
+            return path if remote.is_remote(path) else str(Path(path).absolute())
 
         exact = self.mode == "exact"  # a list's own words name its data
         return dataclasses.replace(

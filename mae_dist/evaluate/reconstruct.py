@@ -20,6 +20,7 @@ from mae_dist.evaluate.pca import pca_colours
 from mae_dist.model import MAE
 from mae_dist.shards import remote
 from mae_dist.shards.cache import Cache
+from mae_dist.shards.folders import kind_of
 from mae_dist.shards.mirror import load_manifest
 from mae_dist.shards.samples import is_image
 from mae_dist.track.review import picture_grid
@@ -92,6 +93,8 @@ def views(place: str, config: Config, allow_commands: bool = False) -> Tensor:
         allow = allow_commands or config.data.allow_commands
         source = ShardSource(load_manifest(place, cache, allow_commands=allow), *how)
         return first_images(source, config)[0]
+    if not remote.is_remote(place) and Path(place).exists() and not Path(place).is_file():
+        raise UserError(f"{place}: is {kind_of(Path(place))}; write an image file, or a directory of shards")
     try:
         with remote.open_stream(place) as file:
             pixels = decode(file.read(), config.model.in_chans, max_pixels=config.data.max_pixels)

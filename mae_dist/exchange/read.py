@@ -167,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: no JSON; put back the file that came with the weights") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; put back the file that came with the weights")

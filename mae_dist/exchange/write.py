@@ -76,6 +76,7 @@ def export(run: Path, to: str, out: Path, img_size: int | tuple[int, int] | None
     tensors = {key: t.contiguous() for key, t in convert(weights, "mae_dist", target.layout).items()}
     make_directory(out.parent)
     said = card(checkpoint, config, to, out.name, notes)
+    said = said.encode(errors="backslashreplace").decode()  # names are bytes, and need not be UTF-8
     if single:
         write_file(out.with_suffix(".md"), said)
         with new_file(out) as aside:

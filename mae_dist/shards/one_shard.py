@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from mae_dist.errors import OF_THE_FILE
+from mae_dist.errors import OF_THE_FILE, UserError
 from mae_dist.local import fsync, staging, write_file
 from mae_dist.shards.convert import convert
 from mae_dist.shards.encoded import has_frames
@@ -41,9 +41,12 @@ class Done:
 
     @staticmethod
     def load(path: Path) -> "Done":
-        record = json.loads(path.read_text())
-        shard = Shard(**record["shard"]) if record["shard"] else None
-        return Done(shard, record["images"], record["bad"], Notes(record.get("notes", {})))
+        try:
+            record = json.loads(path.read_text())
+            shard = Shard(**record["shard"]) if record["shard"] else None
+            return Done(shard, record["images"], record["bad"], Notes(record.get("notes", {})))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); remove it and start again") from None
 
 
 @lru_cache(maxsize=1)

@@ -157,16 +157,16 @@ class Plan:
         """The plan of an earlier start; None when there is none, or none that is whole."""
         try:
             content = json.loads((directory / "plan.json").read_text())
+            recipe = content.pop("recipe")
+            recipe["conversion"] = Conversion(**recipe["conversion"])
+            notes = Notes(content.pop("notes", {}))
+            return Plan(directory, Recipe(**recipe), **content, notes=notes)
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{directory / 'plan.json'}: damaged ({error}); remove {directory.parent} to begin anew"
-            ) from error
-        recipe = content.pop("recipe")
-        recipe["conversion"] = Conversion(**recipe["conversion"])
-        notes = Notes(content.pop("notes", {}))
-        return Plan(directory, Recipe(**recipe), **content, notes=notes)
+                f"{directory / 'plan.json'}: damaged ({error!r}); remove {directory.parent} to begin anew"
+            ) from None
 
 
 def make_plan(

@@ -99,7 +99,7 @@ def place_of(out: str | Path, aside: str | Path | None = None) -> Place:
     if not is_remote(str(out)):
         if aside:
             raise UserError(f"--aside is for a remote OUT; for {out} it is {out}.partial")
-        path = Path(out).resolve() if Path(out).is_symlink() else Path(out).absolute()
+        path = Path(os.path.realpath(out)) if Path(out).is_symlink() else Path(out).absolute()
         return Place(str(path), path / ".partial" if path.is_mount() else Path(f"{path}.partial"))
     name = str(out).rstrip("/").rsplit("/", 1)[-1]
     return Place(str(out), Path(aside or f"{name}.partial").absolute())
@@ -119,7 +119,7 @@ def make_recipe(images: str | Path, labels: str | Path | None = None, **settings
 def refuse_inside(wanted: Recipe, place: Place) -> None:
     """Raises UserError when shards would be made among the images: another start would take them for some."""
     images, made = Path(wanted.images), place.aside if place.remote else Path(place.out)
-    if images.is_dir() and made.resolve().is_relative_to(images.resolve()):
+    if images.is_dir() and Path(os.path.realpath(made)).is_relative_to(images.resolve()):
         name = "--aside" if place.remote else "OUT"
         raise UserError(f"{name} {made}: lies inside IMAGES, {images}; write a directory elsewhere")
 
@@ -321,13 +321,15 @@ def write_list(path: Path, lines: Sequence[str]) -> None:
 
 def summary(out: str | Path) -> str:
     """What became of all that IMAGES holds, in one line. `out`: complete, of this version."""
-    try:
-        counts = json.loads(read_if_there(str(out), COUNTS_NAME))
-    except ValueError:  # not there, or damaged: it tells people only
+    if not (text := read_if_there(str(out), COUNTS_NAME)):
         return ""
-    stored, bad = counts["stored"], counts["bad"]
-    named = f" + {bad} bad, listed in {BAD_NAME}" if bad else ""
-    return "; ".join((f"{stored + bad} images in = {stored} stored{named}", *Notes(counts["left_out"]).lines()))
+    try:
+        counts = json.loads(text)
+        stored, bad, notes = counts["stored"], counts["bad"], Notes(counts["left_out"]).lines()
+        named = f" + {bad} bad, listed in {BAD_NAME}" if bad else ""
+        return "; ".join((f"{stored + bad} images in = {stored} stored{named}", *notes))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"{out}: {COUNTS_NAME} is damaged: what was left out of the shards is not known"
 
 
 def complete(place: Place, plan: Plan, shards: Sequence[Shard], bad: Sequence[str], notes: Notes) -> Manifest:

@@ -1,6 +1,7 @@
 """The pictures of `mae-dist reconstruct`: every panel is what its caption says."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -101,6 +102,10 @@ def test_impossible_ratios_and_files_are_named(run, photos, tmp_path):
         Viewer(run, photos, mask_ratio=1.0)
     with pytest.raises(UserError, match=r"absent.png: cannot be read as an image"):
         Viewer(run, [tmp_path / "absent.png"])
+    os.mkfifo(tmp_path / "fifo.png")
+    for name, kind in ((tmp_path / "fifo.png", "a FIFO"), ("/dev/zero", "a device")):  # which have no end
+        with pytest.raises(UserError, match=f"{name}: is {kind}; write an image file"):
+            Viewer(run, [name])
 
 
 def test_colours_are_the_principal_components():

@@ -1,6 +1,7 @@
 """Exports load in the library they are for as their card says, and come back as they were."""
 
 import json
+import os
 import re
 import subprocess
 from argparse import Namespace
@@ -78,6 +79,12 @@ def test_the_card_says_what_it_is(run, tmp_path):
         assert fact in text, fact
     assert 'checkpoint_path="encoder.safetensors"' in text
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.md", "encoder.safetensors"}
+
+
+def test_a_name_that_is_not_utf_8(run, tmp_path):
+    for to in ("timm", "huggingface"):
+        export(run, to, tmp_path / os.fsdecode(b"caf\xe9 " + to.encode()))
+        assert r"caf\udce9" in (tmp_path / os.fsdecode(b"caf\xe9 " + to.encode()) / "README.md").read_text()
 
 
 def test_a_learned_table_is_interpolated_and_a_fixed_one_recomputed(tmp_path):

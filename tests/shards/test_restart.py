@@ -122,6 +122,23 @@ def test_other_settings_do_not_go_on_with_an_unfinished_start(images, tmp_path):
     assert records(out) == 3  # nothing lost by asking
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"recipe": 1}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["plan.json", "train-00000.done"])
+def test_a_damaged_record_of_an_unfinished_start_is_named(images, tmp_path, name, content):
+    shard(images, tmp_path / "out", shard_size=10, part=(0, 2))
+    (tmp_path / "out.partial" / "plan" / name).write_text(content)
+    with pytest.raises(UserError, match=r"out.partial/plan.*damaged .*(remove it and start again|to begin anew)"):
+        shard(images, tmp_path / "out", shard_size=10)
+
+
+@pytest.mark.parametrize("content", ["7", "[]", "{}", '{"stored": 1, "bad": [], "left_out": {}}', '{"stored": 1, '
+                                     '"bad": 0, "left_out": "../x"}', "[" * 100_000])  # fmt: skip
+def test_damaged_counts_of_complete_shards_are_said(images, tmp_path, content):
+    shard(images, tmp_path / "out", shard_size=10)
+    (tmp_path / "out" / write.COUNTS_NAME).write_text(content)
+    assert "counts.json is damaged" in write.summary(tmp_path / "out")
+
+
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_parts_in_any_order_give_the_same_bytes_and_the_last_completes(images, shards, tmp_path, n):
     out = tmp_path / "out"
