@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from typing import TextIO
 
 
@@ -50,8 +51,10 @@ def protect(product: bool = False) -> None:
     """Nothing that is printed raises from here on; with `product`, see `Listener`. Streams put in by a caller stay.
 
     Standard streams that were closed lead nowhere: the next file opened would get their number, and with it what
-    libraries say to number 2.
+    libraries say to number 2. SIGCHLD is as usual again: where a parent ignores it, workers would end untold.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in range(3):
         try:
             os.fstat(number)

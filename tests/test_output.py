@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TINY
+
 COMMAND = """
 import os, sys
 import mae_dist.cli as cli
@@ -81,3 +83,12 @@ def test_a_stream_that_somebody_made_non_blocking_is_waited_for(tmp_path: Path) 
     assert process.wait(60) == 0 and process.stderr and b"Traceback" not in process.stderr.read()
     assert len(lines) == 3000
     process.stderr.close()
+
+
+def test_a_parent_that_ignores_its_children_changes_nothing(tmp_path: Path) -> None:
+    """Some supervisors do, and so does a shell's `trap '' CHLD`; a program that is started inherits it."""
+    run = ["pretrain", *TINY, "--data.fake=true", "--train.steps=2", "--train.global_batch_size=2"]
+    command = [sys.executable, "-m", "mae_dist", *run, f"--train.runs_dir={tmp_path}"]
+    command = ["env", "--ignore-signal=SIGCHLD", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
