@@ -22,6 +22,7 @@ from mae_dist.shards.samples import (
 from mae_dist.shards.samples import is_image as has_image_suffix
 from mae_dist.shards.tar import LABELS, BadTar, Member, Section, members
 
+NUMBER = re.compile(r"\d+")
 WNID_TAR = re.compile(r"n\d{8}\.tar")  # ILSVRC's class tars, once taken out of the train tar
 
 
@@ -91,9 +92,8 @@ def _inside(outer: TarRange) -> tuple[list[TarRange], list[str], Notes]:
                     return [outer], [], Notes()
                 elif name.lower().endswith(".tar"):
                     stem = PurePosixPath(name).stem
-                    if member.fault or stem in found or not WNID_TAR.fullmatch(f"{stem}.tar"):
-                        why = "has the name of another class tar in it" if stem in found else "is no class tar"
-                        why = f"is {member.fault}" if member.fault else f"{why}, as n01440764.tar is one"
+                    if member.fault or stem in found:
+                        why = f"is {member.fault}" if member.fault else "has the name of another class tar in it"
                         raise UserError(f"{outer.path}: {name} {why}; unpack it and give the directory")
                     found[stem] = member
                 else:
@@ -103,6 +103,10 @@ def _inside(outer: TarRange) -> tuple[list[TarRange], list[str], Notes]:
                 raise UserError(f"{outer.path}: {error}; download it again") from error
     if not found:
         return [outer], [], Notes()
+    kinds = {NUMBER.sub("#", stem) for stem in found}
+    if len(kinds) == 1 and "#" in "".join(kinds) and kinds != {"n#"}:
+        two = " and ".join(sorted(found)[:2])
+        raise UserError(f"{outer.path}: {two}: parts of one set by their names, not classes; unpack it and give those")
     names = sorted(found)
     ranges = [
         TarRange(0, outer.path, found[name].offset, found[name].offset + found[name].size, label, name)

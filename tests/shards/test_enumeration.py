@@ -188,7 +188,7 @@ INNER = tar(("a.jpg", picture(1)))
         ([("loose.jpg", picture(2)), ("n00000001.tar", INNER)], "holds images beside tars"),
         ([("n00000001.tar", tar(("m.tar", INNER)))], "x.tar: n00000001.tar: holds images beside tars"),
         ([("a/n00000001.tar", INNER), ("b/n00000001.tar", INNER)], "b/n00000001.tar has the name of another class tar"),
-        ([("part-0.tar", INNER), ("part-1.tar", INNER)], "x.tar: part-0.tar is no class tar, as n01440764.tar is one"),
+        ([("part-0.tar", INNER), ("part-1.tar", INNER)], "x.tar: part-0 and part-1: parts of one set by their names"),
         ([("n00000001.tar", tar(("a.jpg", picture(1)), ("a.cls", b"5")))], r"n00000001\.tar: a\.cls says a label"),
     ],
 )
@@ -197,13 +197,10 @@ def test_tars_in_tars_that_cannot_all_be_used_are_refused(tmp_path, entries, say
     refused(tmp_path / "x.tar", says, "holds tars")
 
 
-def test_class_tars_in_a_tar_that_begins_with_a_directory(tmp_path):
-    entries = [
-        ("./", None),
-        ("./._n2.tar", b"mac"),
-        ("./n00000002.tar", tar(("b.jpg", picture(2)))),
-        ("./n00000001.tar", INNER),
-    ]
+@pytest.mark.parametrize("names", [("n00000001", "n00000002"), ("n01", "n02"), ("cat", "dog")])
+def test_class_tars_in_a_tar_that_begins_with_a_directory(tmp_path, names):
+    last = ("b.jpg", picture(2))
+    entries = [("./", None), ("./._n2.tar", b"mac"), (f"./{names[1]}.tar", tar(last)), (f"./{names[0]}.tar", INNER)]
     (tmp_path / "x.tar").write_bytes(tar(*entries))
     assert pairs(shard(tmp_path / "x.tar", tmp_path / "out")) == sorted([(picture(1), 0), (picture(2), 1)])
     assert "1 hidden" in said(tmp_path)
