@@ -57,6 +57,18 @@ def signals_put_back() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+FIRST_HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def first_handlers() -> Iterator[None]:
+    """Whatever a test ran in this process, the next one finds the signals as pytest had them."""
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in FIRST_HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """2 classes of 23 JPEGs."""

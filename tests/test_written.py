@@ -204,7 +204,7 @@ def test_every_key_has_a_meaning_of_its_own_and_is_in_the_help(prog, kind, capsy
 
 @pytest.mark.parametrize("prog", ["mae-dist finetune", "mae-dist linear"])
 def test_what_an_evaluation_has_no_use_for_is_refused(prog, tmp_path):
-    assert "train.watchdog: 5.0: " in refused("--train.watchdog=5", prog=prog, kind=KINDS[prog])
+    assert "train.knn_every: 5.0: " in refused("--train.knn_every=5", prog=prog, kind=KINDS[prog])
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(KINDS[prog]()))  # as earlier runs were saved
     assert load(["--config", str(path)], prog, KINDS[prog], environ={}) == KINDS[prog]()

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from mae_dist.errors import OF_THE_FILE, UserError
+from mae_dist.errors import OF_THE_FILE
 from mae_dist.local import fsync, staging, write_file
 from mae_dist.shards.convert import convert
 from mae_dist.shards.encoded import has_frames
@@ -41,12 +41,10 @@ class Done:
 
     @staticmethod
     def load(path: Path) -> "Done":
-        try:
-            record = json.loads(path.read_text())
-            shard = Shard(**record["shard"]) if record["shard"] else None
-            return Done(shard, record["images"], record["bad"], Notes(record.get("notes", {})))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: damaged ({error!r}); remove it and start again") from None
+        """Raises ValueError, TypeError, KeyError or RecursionError where it is damaged."""
+        record = json.loads(path.read_text())
+        shard = Shard(**record["shard"]) if record["shard"] else None
+        return Done(shard, record["images"], record["bad"], Notes(record.get("notes", {})))
 
 
 @lru_cache(maxsize=1)
@@ -169,7 +167,7 @@ def already_done(aside: Path, plan: Plan, out: str) -> dict[int, Done]:
             continue
         try:
             done = Done.load(path)
-        except (ValueError, KeyError, TypeError):  # damaged: the shard is made again
+        except (ValueError, TypeError, KeyError, RecursionError):  # damaged: the shard is made again
             continue
         tar = done.shard
         files = {tar.name: tar.num_bytes, index_name(tar.name): TABLE_HEADER + ROW_BYTES * tar.count} if tar else {}

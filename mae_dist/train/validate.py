@@ -63,9 +63,10 @@ class Validation:
     @torch.no_grad()
     def draw(self, step: int, engine: Engine, journal: Journal | None) -> None:
         """Write the picture of reconstructions, on rank 0. Collective."""
-        model, (images, noise) = engine.replica(), self.pictured_inputs()
+        model = engine.replica()
         if journal is None:
             return
+        images, noise = self.pictured_inputs()
         pixels = self.pictured[0].to(self.world.device)
         rebuilt = self.normalise.undo(model.reconstruct(images, noise))
         grid = picture(pixels, grey_out(pixels, noise, self.config), rebuilt)

@@ -13,13 +13,14 @@ import mae_dist.cli
 import mae_dist.engine.native as native
 import mae_dist.engine.state as state
 import mae_dist.train.knn as knn
-import mae_dist.train.run as run
+import mae_dist.train.objective as objective
+import mae_dist.train.pretrain as pretrain
 import mae_dist.train.validate as validate
 import mae_dist.train.watchdog as watchdog
 from mae_dist.data import feed
 
 PHASES: dict[str, tuple[type | ModuleType, str]] = {
-    "start": (run, "open_sources"),
+    "start": (pretrain, "open_sources"),
     "data": (feed.DeviceFeed, "__next__"),
     "forward": (native.NativeEngine, "forward_backward"),
     "evaluation": (validate.Validation, "noise"),
@@ -53,5 +54,5 @@ if __name__ == "__main__":
         phase, call, rank, action = accident.split(":")
         if rank == os.environ["RANK"]:
             build_in(phase, int(call), action)
-    watchdog.GRACE, validate.ASK_EVERY = 3.0, 1
+    watchdog.GRACE, objective.ASK_EVERY = 3.0, 1
     mae_dist.cli.main()

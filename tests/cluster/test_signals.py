@@ -24,7 +24,7 @@ def drill(shards: Path, runs: Path, accidents: str, *more: str) -> subprocess.Co
     """Two processes with these accidents; micro-batches of 2, so that an evaluation has more than one batch."""
     command = [*LAUNCH, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", str(DRILL), accidents]
     command += [*arguments(shards, runs, "--train.micro_batch_size=2", "--train.watchdog=2"), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(["env", "--default-signal=HUP", *command], capture_output=True, text=True, timeout=240)
 
 
 def newest(runs: Path) -> str | None:

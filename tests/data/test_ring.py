@@ -157,7 +157,7 @@ def test_a_users_mistake_keeps_its_words_and_any_other_error_its_traceback(ring)
     def broken(rows, images):
         raise KeyError("broken thing")
 
-    with pytest.raises(UserError, match=r"^shard 3: unlesbar — café\udce9$"):
+    with pytest.raises(UserError, match=r"^shard 3: unlesbar — café\\udce9$"):
         next(ring(mistaken).run(tables(20, 2)))
     with pytest.raises(
         RuntimeError, match=r"(?s)data worker \d \(pid \d+\) failed:.*in broken.*KeyError: 'broken thing'"
