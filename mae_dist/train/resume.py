@@ -73,6 +73,8 @@ def check_resume(config: Any, checkpoint: Path, meta: dict) -> tuple[int, int]:
             f"{config.train.run_dir}: this run was started with other settings: {'; '.join(changes)}. Start another "
             "run with --train.name NAME, undo the change, or go on with it on purpose: --train.accept_changes true"
         )
+    if held_out and not meta["held_out"]:
+        note(f"data.val_shards: was given before step {step} and is not now: from here on there is no validation loss")
     meta["held_out"] = meta["held_out"] or held_out
     meta["changes"] = [*saved.get("changes", []), *(f"step {step}: {change}" for change in changes)]
     if not changes and "identity" in saved:
@@ -177,9 +179,17 @@ def unmeasured(run_dir: Path, step: int, evaluations: Sequence[Evaluation]) -> l
 
 
 def open_journal(config: Any, start: int) -> Journal:
-    """Rank 0's journal, cut back to the step the run goes on from; the resolved config beside it."""
-    journal = Journal(config.train.run_dir / FILE_NAME)
+    """Rank 0's journal, cut back to the step the run resumes from; the resolved config beside it.
+
+    A journal that lacks the steps before that, which was lost or put back from an older copy, is reported.
+    """
+    journal, run_dir = Journal(config.train.run_dir / FILE_NAME), config.train.run_dir
     again = journal.cut(start)
+    steps = (r["step"] for r in read(journal.path) if r.get("kind") == "metrics" and "loss/train" in r["metrics"])
+    last, saved = max(steps, default=0), read_config(run_dir / CONFIG_FILE, type(config)) or {}
+    if start - last >= max(config.train.log_every, saved.get("train.log_every", 1)):
+        lacks = f"has nothing of the steps {last + 1} to {start}: lost, or put back from an older copy"
+        note(f"{journal.path}: {lacks}; they are missing from its curves and its account of time")
     if again:
         journal.write({"kind": "cut", "steps": again})
     save_config(config)

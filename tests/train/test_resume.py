@@ -277,6 +277,23 @@ def test_with_another_batch_size_a_run_goes_on_with_the_next_image(train, before
     assert rates == sorted(rates, reverse=True) and rates[0] < 1e-3 and rates[-1] < 1e-4
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_journal_that_lacks_steps_is_reported(train, capsys, kept):
+    """Lost, or put back from an older copy."""
+    journal = train() / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert "lost, or put back" not in capsys.readouterr().err
+    journal.write_text("".join(line for line in lines if kept and json.loads(line).get("step", 0) <= kept))
+    train("--train.steps=8", "--train.accept_changes=true")
+    assert f"journal.jsonl: has nothing of the steps {kept + 1} to 6: lost, or put" in capsys.readouterr().err
+
+
+def test_held_out_images_that_are_not_given_again_are_missed_aloud(train, capsys):
+    train("--data.val_shards=1")
+    train("--train.steps=8", "--train.accept_changes=true")
+    assert "data.val_shards: was given before step 6 and is not now" in capsys.readouterr().err
+
+
 def test_a_run_that_was_killed_after_its_last_save_is_finished_by_the_next_start(train):
     """Its journal had no last word, and MLflow showed it as failed for ever."""
     run = train()
