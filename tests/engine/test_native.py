@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mae_dist.engine import OptimConfig, World, capture, load_weights, restore
+from mae_dist.engine import OptimConfig, World, capture, load_weights, restore, update
 from mae_dist.engine.native import NativeEngine
 from mae_dist.engine.optim import param_groups
 from mae_dist.engine.state import shares
@@ -245,3 +245,14 @@ def test_a_bad_number_on_one_rank_is_skipped_by_all(tmp_path):
     results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     assert [r[:2] for r in results] == [(1.0, True), (1.0, True)]
     assert same(results[0][2], results[1][2])
+
+
+def test_the_fp16_loss_scale_grows_after_good_steps_in_a_row_alone(monkeypatch):
+    """Halved by an overflow, after which the count of good steps begins anew."""
+    monkeypatch.setattr(update, "GROW_AFTER", 3)
+    scaler = update.Update(torch.optim.SGD([torch.zeros(1)]), World(0, 1, torch.device("cpu")), None, "fp16")
+    scales = []
+    for norm in (1.0, 1.0, torch.inf, 1.0, 1.0, 1.0, 1.0):
+        scaler.result(scaler.arm(torch.tensor(norm)))
+        scales.append(float(scaler.loss_scale) / update.FIRST_SCALE)
+    assert scales == [1, 1, 0.5, 0.5, 0.5, 1, 1] and scaler.done == 6
