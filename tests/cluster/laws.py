@@ -35,11 +35,16 @@ class Trained(NamedTuple):
 def trained(audit: Path) -> dict[int, dict[int, list[Trained]]]:
     """By step and rank: what the weights have learned from.
 
-    A step that was rolled back was done again by a later attempt, which is the one that counts.
+    A step that was rolled back was done again by a later attempt, which is the one that counts: the one that trained
+    last. Of two that were started at once, that may be the first, which waited for the other.
     """
     steps: dict[int, dict[int, list[Trained]]] = {}
     last: dict[int, int] = {}
-    for path in sorted(audit.glob("*.jsonl")):
+    ended: dict[int, float] = {}
+    for path in audit.glob("*.jsonl"):
+        attempt = int(path.stem.split("-")[0])
+        ended[attempt] = max(ended.get(attempt, 0.0), path.stat().st_mtime)
+    for path in sorted(audit.glob("*.jsonl"), key=lambda path: (ended[int(path.stem.split("-")[0])], path)):
         attempt, rank = map(int, path.stem.split("-"))
         for line in journal.read(path):  # without a line that a kill has torn
             number = line["step"]

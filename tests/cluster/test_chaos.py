@@ -1,6 +1,7 @@
 """A run under fire is the run that nobody touched; and the harness that says so sees what is wrong."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -94,15 +95,20 @@ def test_a_sample_that_is_lost_repeated_or_another_is_seen(shards, undisturbed, 
     ]
 
 
-def test_a_step_that_was_rolled_back_counts_for_the_attempt_that_did_it_last(shards, undisturbed, tmp_path):
-    folder = copy(undisturbed, tmp_path)
+@pytest.mark.parametrize("later", ["002", "000"])
+def test_a_step_that_was_rolled_back_counts_for_the_attempt_that_did_it_last(shards, undisturbed, tmp_path, later):
+    """Of two that were started at once, the last may be the first, which had to wait."""
+    audit = copy(undisturbed, tmp_path) / "audit"
     for rank in (0, 1):
-        lines = (folder / "audit" / f"001-{rank}.jsonl").read_text().splitlines(keepends=True)
-        (folder / "audit" / f"001-{rank}.jsonl").write_text("".join(lines[:33]) + lines[33][:20])  # torn by the kill
-        (folder / "audit" / f"002-{rank}.jsonl").write_text("".join(lines[30:]))
-    assert not law_3(folder, undisturbed, shards)
-    (folder / "audit" / "002-1.jsonl").unlink()
-    assert "samples lost: 180" in law_3(folder, undisturbed, shards)  # rank 1's share of steps 31 to 60
+        torn, again = audit / f"001-{rank}.jsonl", audit / f"{later}-{rank}.jsonl"
+        lines = torn.read_text().splitlines(keepends=True)
+        torn.write_text("".join(lines[:33]) + lines[33][:20])  # by the kill
+        again.write_text("".join(lines[30:]))
+        os.utime(torn, (1, 1))
+        os.utime(again, (2, 2))
+    assert not law_3(audit.parent, undisturbed, shards)
+    (audit / f"{later}-1.jsonl").unlink()
+    assert "samples lost: 180" in law_3(audit.parent, undisturbed, shards)  # rank 1's share of steps 31 to 60
 
 
 def test_a_step_that_the_journal_has_twice_is_seen(undisturbed, tmp_path):
