@@ -122,13 +122,19 @@ def test_other_settings_do_not_go_on_with_an_unfinished_start(images, tmp_path):
     assert records(out) == 3  # nothing lost by asking
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"recipe": 1}', "[" * 100_000])
-@pytest.mark.parametrize("name", ["plan.json", "train-00000.done"])
-def test_a_damaged_record_of_an_unfinished_start_is_named(images, tmp_path, name, content):
-    shard(images, tmp_path / "out", shard_size=10, part=(0, 2))
-    (tmp_path / "out.partial" / "plan" / name).write_text(content)
-    with pytest.raises(UserError, match=r"out.partial/plan.*damaged .*(remove it and start again|to begin anew)"):
-        shard(images, tmp_path / "out", shard_size=10)
+@pytest.mark.parametrize("written", ["", "{}", "[]", "7", '{"recipe": 1}', "[" * 100_000])
+def test_a_damaged_record_of_an_unfinished_start_is_named_or_made_again(images, shards, tmp_path, written):
+    """The plan is named; a shard whose record is damaged is made again."""
+    out, plan = tmp_path / "out", tmp_path / "out.partial" / "plan"
+    shard(images, out, shard_size=10, part=(0, 2))
+    whole = (plan / "plan.json").read_text()
+    (plan / "plan.json").write_text(written)
+    with pytest.raises(UserError, match=r"out.partial/plan.*damaged .*to begin anew"):
+        shard(images, out, shard_size=10)
+    (plan / "plan.json").write_text(whole)
+    (plan / "train-00000.done").write_text(written)
+    shard(images, out, shard_size=10)
+    assert content(out) == content(shards)
 
 
 @pytest.mark.parametrize("content", ["7", "[]", "{}", '{"stored": 1, "bad": [], "left_out": {}}', '{"stored": 1, '
