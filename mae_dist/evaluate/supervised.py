@@ -23,7 +23,7 @@ from mae_dist.evaluate.tracked import EVALUATIONS, track_of
 from mae_dist.manual import OF_THE_RUN
 from mae_dist.track.journal import Journal
 from mae_dist.track.place import PARENT
-from mae_dist.train.objective import Evaluation, Setup, StopFn, stoppable
+from mae_dist.train.objective import Evaluation, Setup, StopFn, whole_source
 from mae_dist.train.progress import say
 from mae_dist.train.schedule import Plan
 
@@ -144,13 +144,11 @@ class Accuracy:
     def scores(self, engine: Engine, stop: StopFn) -> dict[str, float]:
         """The same at any number of ranks."""
         world, network = self.world, engine.replica().eval()
-        batch_size, count = self.setup.micro_batch_size, int(self.source.counts.sum())
         sums = torch.zeros(4, dtype=torch.float64, device=world.device)
         if world.is_main:
             self.bad.begin_again()
         world.barrier()
-        batches = evaluation_batches(self.source, self.size, self.data, batch_size, world.rank, world.size, self.bad)
-        for batch in stoppable(batches, -(-count // (world.size * batch_size)), stop):
+        for batch in whole_source(self.setup, self.source, self.size, self.data, self.bad, stop):
             images, labels = (tensor.to(world.device) for tensor in (batch.images, batch.labels))
             with engine.autocast:
                 logits = self.objective.logits(network, self.normalise(images)).float()

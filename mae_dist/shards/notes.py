@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator, Mapping
 
+from mae_dist.errors import one_line
+
 HIDDEN = "hidden files or folders"
 AGAIN = "folders that lead to one read already"
 WITHOUT_IMAGE = "samples without an image"
@@ -45,10 +47,6 @@ class Notes(dict[str, tuple[int, str]]):
             rest = [what for _, what in items[SHOWN:]]
             count = sum(count for count, _ in rest)
             yield f"left out: {count} of {len(rest)} more kinds, such as {one_line(rest[0][1])}"
-
-
-def one_line(name: str) -> str:
-    return name.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def suffix_kind(suffix: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mae_dist.data import BadSamples, Source
+from mae_dist.data import BadSamples, DataConfig, Source, evaluation_batches
 from mae_dist.data.augment import View
 from mae_dist.data.loader import Batch
 from mae_dist.engine import Engine, World
@@ -115,6 +115,15 @@ class Objective(Protocol):
     def describe(self, plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
         """A few parameters and tags for a list of runs."""
         ...
+
+
+def whole_source(
+    setup: Setup, source: Source, size: tuple[int, int], data: DataConfig, bad: BadSamples, stop: StopFn
+) -> Iterator[Batch]:
+    """This rank's share of a source, each image once over all ranks. Raises Interrupted. Collective."""
+    world, batch_size = setup.world, setup.micro_batch_size
+    batches = evaluation_batches(source, size, data, batch_size, world.rank, world.size, bad)
+    return stoppable(batches, -(-int(source.counts.sum()) // (world.size * batch_size)), stop)
 
 
 def stoppable(batches: Iterator[Batch], rounds: int, stop: StopFn) -> Iterator[Batch]:

@@ -1,7 +1,6 @@
 """The validation loss, on held-out images with fixed masks, and the picture of reconstructions."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -9,14 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dist.config import Config
-from mae_dist.data import BadSamples, Batch, DataConfig, Source, evaluation_batches
+from mae_dist.data import BadSamples, Source, evaluation_batches
 from mae_dist.data.feed import Normalise
 from mae_dist.engine import Engine
 from mae_dist.model.masking import num_kept, split
 from mae_dist.model.patches import patchify, unpatchify
 from mae_dist.track.journal import Journal
 from mae_dist.track.review import Album, reconstruction_grid
-from mae_dist.train.objective import Setup, StopFn, stoppable
+from mae_dist.train.objective import Setup, StopFn, whole_source
 from mae_dist.train.progress import say
 
 PICTURED = 12  # images in a reconstruction grid
@@ -84,7 +83,8 @@ class Validation:
         model = engine.replica().eval()  # predicts all masked patches whatever `predict_ratio`
         world = self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in held_out_batches(self.setup, self.source, self.config.model.height_width, self.config.data, stop):
+        size, data = self.config.model.height_width, self.config.data
+        for batch in whole_source(self.setup, self.source, size, data, self.bad, stop):
             images, ids = (tensor.to(world.device) for tensor in (batch.images, batch.ids))
             with engine.autocast:
                 loss = model(self.normalise(images), self.noise(ids)).loss
@@ -92,15 +92,6 @@ class Validation:
         model.train()
         summed, count = world.sum(total).tolist()
         return summed / count
-
-
-def held_out_batches(
-    setup: Setup, source: Source, size: tuple[int, int], data: DataConfig, stop: StopFn
-) -> Iterator[Batch]:
-    """This rank's share of a source, each image once over all ranks. Raises Interrupted. Collective."""
-    world, batch_size = setup.world, setup.micro_batch_size
-    batches = evaluation_batches(source, size, data, batch_size, world.rank, world.size, setup.bad)
-    return stoppable(batches, -(-int(source.counts.sum()) // (world.size * batch_size)), stop)
 
 
 def picture(pixels: Tensor, masked: Tensor, rebuilt: Tensor) -> Image.Image:
